@@ -1,0 +1,406 @@
+#include "lanczos.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+namespace samlite {
+
+namespace {
+
+// With this probability at most, over the random start, `complete` is stated although an eigenvalue was missed.
+constexpr double kMissProbability = 1e-3;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Rows are rotated in blocks of columns, so that no second basis is ever held.
+constexpr int64_t kColumns = 1 << 14;
+
+// V <- S^T V for the (n, p) rows V and S: (n, m), in place; row i < m receives the i-th combination.
+void rotate(const Tensor& V, const Tensor& S) {
+  const Tensor St = S.t().to(V.options()).contiguous();
+  for (int64_t c = 0; c < V.size(1); c += kColumns) {
+    const Tensor block = V.narrow(1, c, std::min(kColumns, V.size(1) - c));
+    block.narrow(0, 0, S.size(1)).copy_(St.mm(block));
+  }
+}
+
+std::vector<double> to_vector(const Tensor& t) {
+  const Tensor host = t.to(at::kCPU, at::kDouble).contiguous();
+  return {host.const_data_ptr<double>(), host.const_data_ptr<double>() + host.numel()};
+}
+
+Tensor to_tensor(const std::vector<double>& values, const at::TensorOptions& options) {
+  return at::tensor(values, at::kDouble).to(options);
+}
+
+std::vector<Interval> intervals(const std::vector<double>& values, const std::vector<double>& residuals,
+                                size_t from) {
+  std::vector<Interval> result;
+  for (size_t i = from; i < residuals.size(); ++i) result.push_back({values[i], residuals[i]});
+  return result;
+}
+
+template <class T>
+std::vector<T> head(const std::vector<T>& v, int64_t n) {
+  return {v.begin(), v.begin() + n};
+}
+
+}  // namespace
+
+Lanczos::Lanczos(MatVec apply, const Tensor& like, int64_t p, Options options)
+    : apply_(std::move(apply), options.max_matvecs),
+      options_(std::move(options)),
+      generator_(at::detail::createCPUGenerator(options_.seed)),
+      p_(p),
+      rows_(std::max(2 * options_.k + 2, std::min(options_.basis, p + 1))),
+      eps_(epsilon(like)),
+      V_(at::empty({rows_, p}, like.options())),
+      H_(at::zeros({rows_, rows_}, like.options().dtype(at::kDouble))),
+      beta_(at::zeros({rows_}, H_.options())) {}
+
+Eigenpairs Lanczos::solve() {
+  if (options_.start) {
+    const int64_t given = std::min(options_.start->size(0), rows_ / 2);
+    V_.narrow(0, 0, given).copy_(options_.start->narrow(0, 0, given));
+    for (int64_t i = given; i < options_.k; ++i) V_[i].copy_(random());
+    refine(std::max(given, options_.k));
+  } else {
+    krylov();
+  }
+  // A breakdown ends in an invariant subspace, which proves nothing about the rest of the spectrum.
+  if ((options_.verify || broke_down_) && distance(values_, residuals_, rest_) <= 0) search();
+
+  Eigenpairs result;
+  result.values = values_;
+  result.residuals = residuals_;
+  result.errors = bounds(values_, residuals_, rest_);
+  result.converged = within(values_, result.errors, options_.tol, eps_, norm_);
+  result.complete = complete_;
+  result.vectors = V_.narrow(0, 0, options_.k).clone();
+  result.matvecs = apply_.count();
+  return result;
+}
+
+// ---------------------------------------------------------------------------------------- the factorisation
+
+// Drawn on the host, so that a seed means the same vector on every device.
+Tensor Lanczos::random() { return at::randn({p_}, generator_, V_.options().device(at::kCPU)).to(V_.device()); }
+
+// Makes a row orthogonal to those before it, and a unit vector. Two passes leave it orthogonal to rounding
+// ("twice is enough"), whatever cancelled in the first.
+void Lanczos::orthonormalise(int64_t row) {
+  const Tensor B = V_.narrow(0, 0, row);
+  Tensor v = V_[row];
+  v.div_(at::linalg_vector_norm(v));
+  for (int pass = 0; pass < 2; ++pass) {
+    v.addmv_(B.t(), B.mv(v), 1, -1);
+    v.div_(at::linalg_vector_norm(v));
+  }
+}
+
+void Lanczos::begin(const Tensor& start) {
+  V_[locked_].copy_(start);
+  orthonormalise(locked_);
+  size_ = looked_ = 0;
+}
+
+// One product and its orthogonalisation; nothing here waits for the device.
+void Lanczos::step() {
+  const int64_t row = locked_ + size_;
+  const Tensor B = V_.narrow(0, 0, row + 1);
+  const Tensor w = apply_(V_[row]);
+  Tensor h = B.mv(w);
+  Tensor q = at::addmv(w, B.t(), h, 1, -1);
+  const Tensor correction = B.mv(q);
+  q.addmv_(B.t(), correction, 1, -1);
+  // All coefficients are kept, not only the two of the three-term recurrence: after a restart T is an arrow,
+  // and with locked vectors the upper rows hold the coupling to them.
+  H_.select(1, row).narrow(0, 0, row + 1).copy_(h.add_(correction));
+  const Tensor norm = at::linalg_vector_norm(q);
+  beta_[row].copy_(norm);
+  Tensor next = V_[row + 1];
+  at::div_out(next, q, norm);
+  ++size_;
+}
+
+// Brings the coefficients to the host (the only wait), cuts back to the first breakdown since the last look,
+// and solves the small eigenproblem.
+void Lanczos::look() {
+  const Tensor host = at::cat({H_, beta_.unsqueeze(0)}).to(at::kCPU);
+  coefficients_ = host.narrow(0, 0, rows_);
+  const auto H = coefficients_.accessor<double, 2>();
+  const auto* beta = host.const_data_ptr<double>() + rows_ * rows_;
+  double last = 0;
+  for (int64_t j = looked_; j < size_; ++j) {
+    const int64_t row = locked_ + j;
+    double square = beta[row] * beta[row];
+    for (int64_t i = 0; i <= row; ++i) square += H[i][row] * H[i][row];
+    TORCH_CHECK_VALUE(std::isfinite(square), "the product H v must be finite, got nan or inf in product ",
+                      apply_.count() - size_ + j + 1, "; check the weights, the loss and the data");
+    norm_ = std::max(norm_, std::sqrt(square));
+    // Relative to the size of H: what is left of H v is rounding, and its direction means nothing.
+    const double tiny = 10 * eps_ * norm_;
+    const bool breakdown = beta[row] <= tiny;
+    for (auto& [mu, y] : hypotheses_) {
+      double next = mu * y[j];
+      for (int64_t i = 0; i <= j; ++i) next -= H[locked_ + i][row] * y[i];
+      y.push_back(next / std::max(beta[row], std::max(tiny, std::numeric_limits<double>::min())));
+    }
+    last = breakdown ? 0 : beta[row];
+    if (breakdown) {
+      broke_down_ = true;
+      size_ = j + 1;
+      if (!spanned()) {
+        V_[locked_ + size_].copy_(random());
+        orthonormalise(locked_ + size_);
+      }
+    }
+  }
+  looked_ = size_;
+  ritz_ = ritz(coefficients_.narrow(0, locked_, size_).narrow(1, locked_, size_), options_.which);
+  coupling_ = ritz_.vectors[size_ - 1].mul(last);
+  residual_ = to_vector(coupling_.abs());
+}
+
+// Keeps the best Ritz pairs and the residual direction q: H X^T = X^T Theta + q b^T is again of the Lanczos form.
+void Lanczos::restart(int64_t keep) {
+  const Tensor S = ritz_.vectors.narrow(1, 0, keep);
+  rotate(V_.narrow(0, locked_, size_), S);
+  V_[locked_ + keep].copy_(V_[locked_ + size_]);
+  const Tensor coupling =
+      coefficients_.narrow(0, 0, locked_).narrow(1, locked_, size_).mm(S);  // (locked, keep)
+  H_.narrow(1, locked_, rows_ - locked_).zero_();
+  H_.narrow(0, 0, locked_).narrow(1, locked_, keep).copy_(coupling);
+  H_.diagonal().narrow(0, locked_, keep).copy_(to_tensor(head(ritz_.values, keep), H_.options()));
+  for (auto& [mu, y] : hypotheses_) {
+    const Tensor old = at::tensor(head(y, size_), at::kDouble);
+    const double next = y[size_];
+    y = to_vector(S.t().mv(old));
+    y.push_back(next);
+  }
+  size_ = looked_ = keep;
+}
+
+// Steps until distance() <= 0: the logarithm of how far the wanted quantity is from what is asked. Looks are spaced
+// by its rate of decrease, so that few steps are wasted and few looks are needed. False where products ran out.
+template <class Distance>
+bool Lanczos::extend(int64_t wanted, int64_t first_look, Distance distance) {
+  double before = kInfinity;
+  int64_t stride = first_look;
+  while (true) {
+    const int64_t from = size_;
+    while (size_ < from + stride && !full() && !spanned() && (size_ < wanted || !apply_.exhausted())) step();
+    look();
+    const double now = distance();
+    if (options_.progress) options_.progress(apply_.count(), std::exp(now));
+    if (now <= 0 || spanned()) return true;
+    if (apply_.exhausted() && size_ >= wanted) return false;
+    const double rate = (before - now) / static_cast<double>(stride);
+    stride = rate > 0 && std::isfinite(rate) ? std::clamp<int64_t>(std::lround(now / rate / 2), 1, 8) : 1;
+    before = now;
+    if (full()) restart(wanted + (size_ - wanted) / 2);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- the stages
+
+std::vector<double> Lanczos::bounds(const std::vector<double>& values, const std::vector<double>& residuals,
+                                    const std::vector<Interval>& rest) const {
+  return error_bounds(values, residuals, options_.separated ? rest : std::vector<Interval>{}, rounding());
+}
+
+// Errors near the rounding of H v cannot be made smaller: then stop, and let `converged` say what was reached.
+double Lanczos::distance(const std::vector<double>& values, const std::vector<double>& residuals,
+                         const std::vector<Interval>& rest) const {
+  const auto errors = bounds(values, residuals, rest);
+  double worst = 0;
+  for (size_t i = 0; i < values.size(); ++i)
+    if (errors[i] > 2 * rounding()) worst = std::max(worst, errors[i] / allowed(values[i], options_.tol, eps_, norm_));
+  return std::log(worst);
+}
+
+// From a random start to k pairs whose error bounds hold, given that the basis is orthogonal.
+void Lanczos::krylov() {
+  const int64_t k = options_.k;
+  begin(random());
+  extend(k, 2 * k + 2, [&] {
+    if (size_ < k) return kInfinity;
+    return distance(head(ritz_.values, k), head(residual_, k), intervals(ritz_.values, residual_, k));
+  });
+  values_ = head(ritz_.values, k);
+  rest_ = intervals(ritz_.values, residual_, k);
+  residuals_ = head(residual_, k);
+  const bool whole = spanned();
+  restart(k);
+  if (!whole) certify();
+}
+
+// One product for all k pairs: with random signs c, H X^T c - X^T (theta c) - q (b . c) has the mean square norm
+// (1/k) sum |H x_i - theta_i x_i - b_i q|^2, which is rounding unless orthogonality was lost or H is not one
+// symmetric matrix. It enters the residuals; where the pairs do not stand it, each residual is computed by itself.
+void Lanczos::certify() {
+  const int64_t k = options_.k;
+  const Tensor X = V_.narrow(0, 0, k);
+  const Tensor signs = at::randint(0, 2, {k}, generator_, at::kDouble).mul_(2).sub_(1).div_(std::sqrt(k));
+  const Tensor c = signs.to(V_.options());
+  const Tensor theta = to_tensor(values_, V_.options());
+  const double b = coupling_.narrow(0, 0, k).dot(signs).item<double>();
+  const Tensor expected = X.t().mv(theta * c).add_(V_[k], b);
+  const double mismatch = at::linalg_vector_norm(apply_(X.t().mv(c)) - expected).item<double>();
+  auto certified = residuals_;
+  for (auto& r : certified) r = std::hypot(r, std::sqrt(k) * mismatch);
+  if (distance(values_, residuals_, rest_) <= 0 && !(distance(values_, certified, rest_) <= 0)) {
+    for (int64_t i = 0; i < k; ++i) {
+      const Tensor r = apply_(X[i]).sub_(X[i], values_[i]);
+      certified[i] = at::linalg_vector_norm(r).item<double>();
+    }
+  }
+  residuals_ = certified;
+}
+
+double Lanczos::Hypothesis::growth() const {
+  double square = 0;
+  for (const double value : y) square += value * value;
+  return std::sqrt(square);
+}
+
+// Looks for eigenvalues beyond the k-th in the complement of the found vectors, from a fresh random start v_0.
+// If u is an eigenvector there with eigenvalue mu, the recurrence fixes all its coordinates up to c = u . v_0, and
+// as their squares sum to at most 1, |c| <= 1/growth(mu). For a random start that has a probability of at most
+// sqrt(2p/pi)/growth; growth rises with mu, so the bar itself is the worst case. A few products suffice where the
+// rest of the spectrum lies well below; where it touches the bar, as many as resolve it.
+void Lanczos::search() {
+  const double needed = std::sqrt(2 * static_cast<double>(p_) / M_PI) / kMissProbability;
+  complete_ = false;
+  while (true) {
+    locked_ = options_.k;
+    size_ = 0;
+    if (spanned()) {
+      complete_ = true;
+      return;
+    }
+    if (apply_.exhausted()) return;
+    const auto errors = bounds(values_, residuals_, rest_);
+    const double last = values_.back();
+    const double bar =
+        rank(last, options_.which) + std::max(errors.back(), options_.tol * std::abs(last)) + 2 * rounding();
+    hypotheses_.clear();
+    if (options_.which != Which::SA) hypotheses_.push_back({bar, {1.0}});
+    if (options_.which != Which::LA) hypotheses_.push_back({-bar, {1.0}});
+    begin(random());
+    bool missed = false;
+    const bool decided = extend(1, 3, [&] {
+      missed = rank(ritz_.values[0], options_.which) > bar;
+      if (missed)
+        return distance({ritz_.values[0]}, {residual_[0]}, intervals(ritz_.values, residual_, 1));
+      double growth = kInfinity;
+      for (const auto& h : hypotheses_) growth = std::min(growth, h.growth());
+      return std::log(needed / growth);
+    });
+    hypotheses_.clear();
+    if (!decided) return;
+    if (!missed) {
+      // A neighbour just below the k-th value may still void its error bound: then both are refined.
+      auto known = intervals(ritz_.values, residual_, 0);
+      known.insert(known.end(), rest_.begin(), rest_.end());
+      if (distance(values_, residuals_, known) <= 0) {
+        rest_ = known;
+        complete_ = true;
+        return;
+      }
+    }
+    merge();
+  }
+}
+
+// Adds the pair that the search found: it is an eigenvector of H to within its residual and its coupling to the
+// others. Where a neighbour now lies so close that a bound fails (a cluster), the pairs are refined together.
+void Lanczos::merge() {
+  const int64_t k = options_.k;
+  const double value = ritz_.values[0];
+  const auto others = intervals(ritz_.values, residual_, 1);
+  rest_.insert(rest_.end(), others.begin(), others.end());
+  const double r = residual_[0];
+  restart(1);
+  const double coupling = H_.select(1, k).narrow(0, 0, k).norm().item<double>();
+  const double own = std::hypot(r, coupling);
+
+  int64_t place = 0;
+  while (place < k && rank(values_[place], options_.which) >= rank(value, options_.which)) ++place;
+  values_.insert(values_.begin() + place, value);
+  residuals_.insert(residuals_.begin() + place, own);
+  std::vector<int64_t> order(k);
+  std::iota(order.begin(), order.end(), 0);
+  order.insert(order.begin() + place, k);
+  rotate(V_.narrow(0, 0, k + 1), at::eye(k + 1, at::kDouble).index_select(1, at::tensor(order)));
+  rest_.push_back({values_.back(), residuals_.back()});
+  values_.pop_back();
+  residuals_.pop_back();
+  if (distance(values_, residuals_, rest_) > 0) refine(k + 1);
+}
+
+// Rayleigh-Ritz on the first `count` rows of V_, then expansion by the residual of the worst pair, with W = H V
+// held beside V, until the bounds hold. Residuals are exact here, so no certificate is needed.
+void Lanczos::refine(int64_t count) {
+  const int64_t k = options_.k, capacity = rows_ / 2;
+  const Tensor V = V_.narrow(0, 0, capacity), W = V_.narrow(0, capacity, capacity);
+  locked_ = 0;
+  for (size_ = 0; size_ < count; ++size_) {
+    orthonormalise(size_);
+    W[size_].copy_(apply_(V[size_]));
+  }
+  while (true) {
+    ritz_ = ritz(V.narrow(0, 0, size_).mm(W.narrow(0, 0, size_).t()).to(at::kCPU, at::kDouble), options_.which);
+    residual_ = residual_norms(V, W, ritz_, std::min(k + 1, size_));
+    norm_ = std::max(norm_, std::hypot(std::abs(ritz_.values[0]), residual_[0]));
+    TORCH_CHECK_VALUE(std::isfinite(norm_), "the product H v must be finite, got nan or inf in one of ",
+                      apply_.count(), " products; check the weights, the loss and the data");
+    values_ = head(ritz_.values, k);
+    residuals_ = head(residual_, k);
+    rest_ = intervals(ritz_.values, residual_, k);
+    const double now = distance(values_, residuals_, rest_);
+    if (options_.progress) options_.progress(apply_.count(), std::exp(now));
+    const bool done = now <= 0 || size_ == p_ || apply_.exhausted();
+    if (done || size_ == capacity) {
+      const int64_t keep = done ? k : k + (size_ - k) / 2;
+      const Tensor S = ritz_.vectors.narrow(1, 0, keep);
+      rotate(V.narrow(0, 0, size_), S);
+      rotate(W.narrow(0, 0, size_), S);
+      size_ = keep;
+      if (done) return;
+      continue;
+    }
+    const auto errors = bounds(values_, residuals_, rest_);
+    int64_t worst = 0;
+    double ratio = 0;
+    for (int64_t i = 0; i < k; ++i) {
+      const double own = errors[i] / allowed(values_[i], options_.tol, eps_, norm_);
+      if (own > ratio) worst = i, ratio = own;
+    }
+    const Tensor s = ritz_.vectors.select(1, worst).to(V.options());
+    const Tensor basis = V.narrow(0, 0, size_), image = W.narrow(0, 0, size_);
+    V[size_].copy_(image.t().mv(s).sub_(basis.t().mv(s), values_[worst]));
+    orthonormalise(size_);
+    W[size_].copy_(apply_(V[size_]));
+    ++size_;
+  }
+}
+
+// |W^T s_i - theta_i V^T s_i| of the first `count` Ritz pairs, in blocks of columns.
+std::vector<double> Lanczos::residual_norms(const Tensor& V, const Tensor& W, const Ritz& pairs,
+                                            int64_t count) const {
+  const int64_t n = pairs.vectors.size(0);
+  const Tensor S = pairs.vectors.narrow(1, 0, count).t().to(V.options()).contiguous();
+  const Tensor theta = to_tensor(head(pairs.values, count), V.options()).unsqueeze(1);
+  Tensor square = at::zeros({count}, H_.options());
+  for (int64_t c = 0; c < p_; c += kColumns) {
+    const int64_t width = std::min(kColumns, p_ - c);
+    const Tensor R = S.mm(W.narrow(0, 0, n).narrow(1, c, width))
+                         .sub_(S.mm(V.narrow(0, 0, n).narrow(1, c, width)).mul_(theta));
+    square.add_(R.square_().sum(1));
+  }
+  return to_vector(square.sqrt_());
+}
+
+}  // namespace samlite

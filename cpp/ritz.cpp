@@ -1,0 +1,75 @@
+#include "ritz.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+namespace samlite {
+
+Tensor CountedMatVec::operator()(const Tensor& v) {
+  Tensor w = apply_(v);
+  TORCH_CHECK_VALUE(w.sizes() == v.sizes() && w.scalar_type() == v.scalar_type() && w.device() == v.device(),
+                    "the product must be like its vector, ", v.toString(), v.sizes(), " on ", v.device(), ", got ",
+                    w.toString(), w.sizes(), " on ", w.device());
+  ++count_;
+  return w;
+}
+
+double rank(double value, Which which) {
+  switch (which) {
+    case Which::LA:
+      return value;
+    case Which::SA:
+      return -value;
+    default:
+      return std::abs(value);
+  }
+}
+
+Ritz ritz(const Tensor& T, Which which) {
+  const auto [theta, S] = at::linalg_eigh(T, "U");
+  const auto* ascending = theta.const_data_ptr<double>();
+  std::vector<int64_t> order(theta.numel());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t i, int64_t j) { return rank(ascending[i], which) > rank(ascending[j], which); });
+  Ritz result;
+  for (const auto i : order) result.values.push_back(ascending[i]);
+  result.vectors = S.index_select(1, at::tensor(order));
+  return result;
+}
+
+std::vector<double> error_bounds(const std::vector<double>& values, const std::vector<double>& residuals,
+                                 const std::vector<Interval>& rest, double rounding) {
+  std::vector<Interval> all = rest;
+  for (size_t i = 0; i < values.size(); ++i) all.push_back({values[i], residuals[i]});
+  std::vector<double> errors;
+  for (size_t i = 0; i < values.size(); ++i) {
+    double gap = rest.empty() ? 0 : std::numeric_limits<double>::infinity();
+    for (size_t j = 0; j < all.size(); ++j)
+      if (j != rest.size() + i) gap = std::min(gap, std::abs(all[j].value - values[i]) - all[j].residual);
+    const double r = residuals[i];
+    errors.push_back((gap > r ? r * (r / gap) : r) + rounding);
+  }
+  return errors;
+}
+
+double allowed(double value, double tol, double eps, double norm) {
+  const double rounding = rounding_error(eps, norm);
+  const double relative = tol * std::max(std::abs(value), std::pow(eps, 2.0 / 3.0) * norm);
+  return std::abs(value) <= 2 * rounding ? std::max(relative, 2 * rounding) : relative;
+}
+
+bool within(const std::vector<double>& values, const std::vector<double>& errors, double tol, double eps, double norm) {
+  for (size_t i = 0; i < values.size(); ++i)
+    if (!(errors[i] <= allowed(values[i], tol, eps, norm))) return false;
+  return true;
+}
+
+double epsilon(const Tensor& like) {
+  return like.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                           : std::numeric_limits<float>::epsilon();
+}
+
+}  // namespace samlite

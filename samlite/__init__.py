@@ -1,0 +1,23 @@
+"""Sharpness-aware minimization, and certified Hessian eigenvalues of the minima it finds.
+
+`samlite.SAM` is plain Python; `samlite.Hessian` loads the compiled module `samlite._C` on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from samlite.hessian import Eigenvalues, Hessian
+    from samlite.sam import SAM
+
+__version__ = "0.1.0"
+__all__ = ["SAM", "Eigenvalues", "Hessian", "__version__"]
+
+_HOME = {"SAM": "samlite.sam", "Hessian": "samlite.hessian", "Eigenvalues": "samlite.hessian"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `samlite --help` starts without torch and SAM works without `_C`."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'samlite' has no attribute {name!r}")
