@@ -1,6 +1,7 @@
 #include "hessian.h"
 
 #include <c10/core/Allocator.h>
+#include <c10/util/Logging.h>
 #include <c10/util/ThreadLocalDebugInfo.h>
 #include <torch/csrc/autograd/autograd.h>
 
@@ -8,23 +9,33 @@ namespace samlite {
 
 namespace {
 
-// Net bytes allocated while it is active, as torch's allocators report them: what is left when a graph has been
-// built is the graph. The channel is the memory profiler's, so while somebody else listens nothing is known.
+// Bytes allocated while it is active, as torch's allocators report them: what is left when a graph has been built is
+// the graph, and the peak above it is what building and using it takes for a moment. The channel is the memory
+// profiler's, so while somebody else listens nothing is known.
 class AllocationCounter {
  public:
   AllocationCounter() {
     if (c10::ThreadLocalDebugInfo::get(c10::DebugInfoKind::PROFILER_STATE)) return;
     count_ = std::make_shared<Count>();
     guard_.emplace(c10::DebugInfoKind::PROFILER_STATE, count_);
+    // The allocator warns when a block from before is freed, which is of no concern here (2 is ERROR).
+    FLAGS_caffe2_log_level = std::max(log_level_, 2);
   }
-  std::optional<int64_t> bytes() const { return count_ ? std::optional(count_->bytes) : std::nullopt; }
+  ~AllocationCounter() { FLAGS_caffe2_log_level = log_level_; }
+  bool knows() const { return count_ != nullptr; }
+  int64_t bytes() const { return count_ ? count_->bytes : 0; }
+  int64_t peak() const { return count_ ? count_->peak : 0; }
 
  private:
   struct Count : c10::MemoryReportingInfoBase {
-    int64_t bytes = 0;
-    void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device) override { bytes += size; }
+    int64_t bytes = 0, peak = 0;
+    void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device) override {
+      bytes += size;
+      peak = std::max(peak, bytes);
+    }
     bool memoryProfilingEnabled() const override { return true; }
   };
+  const int log_level_ = FLAGS_caffe2_log_level;
   std::shared_ptr<Count> count_;
   std::optional<c10::DebugInfoGuard> guard_;
 };
@@ -81,7 +92,7 @@ int64_t Hessian::measure() {
   AllocationCounter counter;
   const auto item = losses_.next();
   const Graph graph = build(std::get<0>(item.value()));
-  return counter.bytes().value_or(0);
+  return counter.bytes();
 }
 
 Tensor Hessian::apply(const Tensor& v) {
@@ -105,16 +116,16 @@ Tensor Hessian::apply(const Tensor& v) {
       if (!item) break;
       const auto& [loss, weight] = *item;
       Graph graph = build(loss);
-      const auto bytes = counter.bytes();
       accumulate(graph, directions, sums);
       const Tensor value = loss.detach();
       if (passes_ == 0) {
         weight_ += weight;
         losses_seen_.push_back(value);
-        // Kept graphs are those of the first batches: once one does not fit, the later ones are built anew.
-        if (kept() == batch && bytes && kept_bytes_ + *bytes <= memory_) {
+        // Kept graphs are those of the first batches: once one does not fit beside what a product takes for a
+        // moment, the later ones are built anew.
+        if (kept() == batch && counter.knows() && kept_bytes_ + counter.peak() <= memory_) {
           graphs_.push_back(std::move(graph));
-          kept_bytes_ += *bytes;
+          kept_bytes_ += counter.bytes();
         }
       } else {
         TORCH_CHECK_VALUE(batch < batches(), "data must give the same batches at every pass, got more than the ",

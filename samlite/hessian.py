@@ -42,7 +42,9 @@ class Eigenvalues:
     residuals: Tensor  # (k,) |H x - value x| of the unit vector x behind each value
     vectors: Tensor | None  # (p, k) on the parameters' device, if asked for
     converged: bool  # every error is at most tol * |value|
-    complete: bool | None  # True: checked that none was missed; False: the check did not finish; None: not checked
+    complete: (
+        bool | None
+    )  # True: checked that none was missed; False: the check did not finish; None: not checked
     matvecs: int  # products H v
     gradient_evaluations: float  # the work in full gradients, a product counted as what it measures at
     seconds: float
@@ -119,7 +121,9 @@ class Hessian:
             return (self @ torch.from_numpy(np.ascontiguousarray(v))).cpu().numpy()
 
         dtype = torch.empty(0, dtype=self.params[0].dtype).numpy().dtype
-        return LinearOperator(self.shape, matvec=lambda v: product(v.reshape(-1)), matmat=product, dtype=dtype)
+        return LinearOperator(
+            self.shape, matvec=lambda v: product(v.reshape(-1)), matmat=product, dtype=dtype
+        )
 
     def eigenvalues(
         self,
@@ -280,7 +284,9 @@ def _module() -> ModuleType:
         reason = f"was built for torch {built_for}, but torch is {running}"
     except ImportError as error:
         reason = f"could not be loaded ({error})"
-    raise ImportError(f"samlite._C {reason}; build it for this torch in a source folder of samlite: {rebuild}")
+    raise ImportError(
+        f"samlite._C {reason}; build it for this torch in a source folder of samlite: {rebuild}"
+    )
 
 
 def _require(condition: bool, message: str) -> None:
@@ -326,7 +332,7 @@ def _selected(
     kinds = {(p.dtype, p.device) for p in parameters}
     _require(
         len(kinds) == 1 and parameters[0].dtype in (torch.float32, torch.float64),
-        "the measured parameters must all be float32 or all float64 on one device, got "
+        "the measured parameters must all be float32, or all float64, on one device, got "
         + ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)),
     )
     broken = [name for name, p in zip(names, parameters, strict=True) if not p.isfinite().all()]

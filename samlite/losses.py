@@ -52,8 +52,9 @@ class Losses:
             return None
         with torch.enable_grad():
             value, weight = self._evaluate(batch)
+            total = value * weight
         self._index += 1
-        return value * weight, weight
+        return total, weight
 
     def probe(self, rows: int) -> None:
         """Evaluate the first batch twice (of a pair of tensors: its first rows), so that bad input shows at once.
@@ -68,9 +69,11 @@ class Losses:
             if batch is None:
                 raise ValueError("data must hold at least one batch, got none")
         with torch.no_grad():
-            first, second = (float(self._evaluate(batch)[0]) for _ in range(2))
+            first, second = (float(self._evaluate(batch, seed)[0]) for seed in range(2))
         if not torch.isfinite(torch.tensor(first)):
-            raise ValueError(f"the loss must be finite, got {first} on the first batch; check weights and data")
+            raise ValueError(
+                f"the loss must be finite, got {first} on the first batch; check weights and data"
+            )
         if abs(first - second) > 1e-4 * max(abs(first), 1e-12):
             raise ValueError(
                 f"loss_fn must be the same function at every call, got {first:.6g}, then {second:.6g} on the first "
@@ -83,9 +86,10 @@ class Losses:
             return zip(inputs.split(self.chunk), targets.split(self.chunk), strict=True)
         return iter(self.data)
 
-    def _evaluate(self, batch: Any) -> tuple[Tensor, float]:
+    def _evaluate(self, batch: Any, seed: int = 0) -> tuple[Tensor, float]:
         batch = _placed(batch, self.parameters[0])
         with untouched(self.model, self.parameters, self.mode):
+            torch.manual_seed(seed)
             result = self.loss(self.model, batch)
         value, weight = result if isinstance(result, tuple) else (result, _samples(batch))
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
@@ -95,7 +99,9 @@ class Losses:
             )
         weight = float(weight)
         if not 0 <= weight < float("inf"):
-            raise ValueError(f"the weight of a batch must be finite and >= 0, got {weight} on batch {self._index}")
+            raise ValueError(
+                f"the weight of a batch must be finite and >= 0, got {weight} on batch {self._index}"
+            )
         # The mean over nothing is nan; with weight 0 it has no say.
         return (value.reshape(()), weight) if weight > 0 else (value.reshape(()).nan_to_num(), 0.0)
 
@@ -125,11 +131,13 @@ def untouched(model: nn.Module, parameters: list[nn.Parameter], mode: str) -> It
     modes = [(module, module.training) for module in model.modules()]
     device = parameters[0].device
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused attention has no second derivative
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # nor have cuDNN's recurrent layers
+            stack.enter_context(
+                torch.backends.cudnn.flags(enabled=False)
+            )  # nor have cuDNN's recurrent layers
         stack.enter_context(_copied_buffers(model))
         try:
             model.train(mode == "train")
@@ -222,7 +230,9 @@ def _samples(batch: Any) -> float:
     """How many samples a batch holds, where that is beyond doubt."""
     sizes = _sizes(batch)
     if len(sizes) != 1:
-        found = "tensors of " + " and ".join(map(str, sorted(sizes))) + " rows" if sizes else _described(batch)
+        found = (
+            "tensors of " + " and ".join(map(str, sorted(sizes))) + " rows" if sizes else _described(batch)
+        )
         raise ValueError(
             f"loss_fn must return (mean loss, weight) where the batch does not show its number of samples, got {found}"
         )

@@ -1,43 +1,40 @@
 """Sharpness-aware minimization: step with the gradient found uphill.
 
-One step takes two gradients. The first, g at w, gives a perturbation epsilon towards higher loss; the second is taken
-at w + epsilon, and with it the base optimizer steps from w.
+A step takes two gradients. The first, g at the weights w, gives a perturbation epsilon towards higher loss; the second
+is taken at w + epsilon, and with it the base optimizer steps from w.
 
-    SAM                 epsilon = rho g / ‖g‖              Foret et al. 2021, arXiv 2010.01412
-    adaptive (ASAM)     epsilon = rho |w|² g / ‖|w| g‖     Kwon et al. 2021, arXiv 2102.11600
-    normalize=False     epsilon = rho g, or rho |w|² g     Andriushchenko and Flammarion 2022, arXiv 2206.06232
+    SAM                epsilon = rho g / ‖g‖             Foret et al. 2021, arXiv 2010.01412
+    adaptive=True      epsilon = rho |w|² g / ‖|w| g‖    ASAM, Kwon et al. 2021, arXiv 2102.11600
+    normalize=False    the same without the division     Andriushchenko and Flammarion 2022, arXiv 2206.06232
 
-The norm runs over all parameters at once, in float32 or wider. Weight decay belongs to the base optimizer and has no
-part in epsilon. Where the base optimizer maximizes, the perturbation points downhill.
+The norm runs over all parameters at once, in float32 or wider. Weight decay is the base optimizer's and has no part in
+epsilon. Where the base optimizer maximizes, epsilon points downhill.
 
-Limits: dense gradients only. Weights in half precision cannot hold a perturbation below their rounding. What a closure
-keeps outside torch's default generators and the buffers of `model` is not wound back between the passes.
+Limits: gradients must be dense. A weight in half precision cannot hold a perturbation below its rounding.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from math import inf
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils import get_total_norm
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-Closure = Callable[[], Tensor | float]
-# Weights of one group, device and dtype with their gradients: what one foreach call can take.
+Closure = Callable[[], Tensor]
+# A parameter group, and those of its weights with their gradients that share a device and a dtype.
 Bucket = tuple[dict[str, Any], list[Tensor], list[Tensor]]
 
 
-def _nrm(b):
-    return torch.linalg.vector_norm(torch.stack([n for g in b for n in torch._foreach_norm(g)]))
-
-
 class SAM(Optimizer):
-    """SAM over any torch optimizer: `SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)`.
+    """SAM over any torch optimizer that steps without a closure.
 
-    A closure runs forward and backward on one batch and returns its loss::
+    ::
+
+        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, model=model, lr=0.1, momentum=0.9)
 
         def closure():
             loss = criterion(model(inputs), targets)
@@ -46,14 +43,16 @@ class SAM(Optimizer):
 
         loss = optimizer.step(closure)
 
-    Parameter groups may set their own `rho`, `adaptive` and `normalize`. `param_groups` and `state` are those of
-    `base_optimizer` itself, so schedulers, `state_dict` and hooks work as on any optimizer. `rho=0` is exactly the base
-    optimizer. If either gradient is not finite the weights and the base optimizer stay as they were, and `skipped`
-    counts the step.
-
-    `model` is the module whose buffers (batch-norm statistics) the second pass must not change; without it they are
-    updated in both passes.
+    Parameter groups may set their own `rho`, `adaptive` and `normalize`. `param_groups` and `state` are the base
+    optimizer's own, so schedulers and checkpoints work as on any optimizer, and `rho=0` is the base optimizer bit for
+    bit. Only the first pass may change the buffers of `model`, such as batch-norm statistics; without `model` both
+    passes change them. A step whose first or second gradient is not finite leaves the weights and the state as they
+    were, and adds one to `skipped`.
     """
+
+    skipped = 0
+    # Between first_step and second_step: perturbed weights, and their values before.
+    _saved: list[tuple[list[Tensor], list[Tensor]]] | None = None
 
     def __init__(
         self,
@@ -63,110 +62,168 @@ class SAM(Optimizer):
         *,
         adaptive: bool = False,
         normalize: bool = True,
-        model: torch.nn.Module | None = None,
+        model: nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
             raise ValueError(
-                f"base_optimizer must be an optimizer class, got {base_optimizer!r}; pass torch.optim.SGD and its arguments"
+                f"base_optimizer must be an optimizer class, got {base_optimizer!r}; "
+                "pass a class such as torch.optim.SGD, and its arguments as keywords"
             )
+        if model is not None and not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module, got {model!r}; omit it to let both passes change buffers")
+        name = base_optimizer.__name__
+        if issubclass(base_optimizer, torch.optim.LBFGS):
+            raise ValueError(f"base_optimizer must step without a closure, got {name}; use SGD or Adam")
         base = base_optimizer(params, **base_kwargs)
         own = {"rho": rho, "adaptive": adaptive, "normalize": normalize}
-        self.model = model
-        self.skipped = 0
-        self._saved: list[tuple[list[Tensor], list[Tensor]]] | None = None
+        if clash := sorted(own.keys() & base.defaults.keys()):
+            raise ValueError(f"base_optimizer must not have a {clash[0]} of its own, got {name}; use SGD or Adam")
         super().__init__(base.param_groups, {**base.defaults, **own})
         self.base_optimizer = base
+        self.model = model
         self.param_groups, self.state = base.param_groups, base.state
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as on any optimizer; it may set its own rho, adaptive and normalize."""
+        rho = param_group.get("rho", self.defaults["rho"])
+        if not (isinstance(rho, (int, float)) and 0 <= rho < math.inf):
+            raise ValueError(f"rho must be a finite number >= 0, got {rho!r}; use rho=0 for the base optimizer")
+        super().add_param_group(param_group)
+
     @torch.no_grad()
-    def step(self, closure: Closure | Sequence[Closure] | None = None) -> Tensor | float:  # type: ignore[override]
-        closures = list(closure) if isinstance(closure, Sequence) else [closure]
-        generators = self._generators()
-        start = [module.get_rng_state(*device) for module, device in generators]
+    def step(self, closure: Closure | Sequence[Closure] | None = None) -> Tensor:  # type: ignore[override]
+        """Run both passes, step, and return the loss of the first.
+
+        A closure runs forward and backward on one batch and returns its loss. Gradients are zeroed before each pass.
+        A list of closures is one batch in micro-batches of equal weight: gradients and losses are averaged, and a
+        closure must not zero the gradients. The second pass replays the state of torch's default random generators; an
+        exception in it restores the weights.
+        """
+        closures = closure if isinstance(closure, Sequence) else [closure]
+        if not closures or not all(map(callable, closures)):
+            raise ValueError(
+                f"closure must be a function that runs backward and returns the loss, or a list of them, got {closure!r}; "
+                "to run both passes yourself, call first_step and second_step"
+            )
+        random_state = self._random_state()
         loss = self._run(closures)
         if not any(group["rho"] for group in self.param_groups):
             self.base_optimizer.step()
             return loss
         try:
-            self.first_step()
-            with self._second_pass(start):
+            self._perturb(self._gradients())
+            with self._second_pass(random_state):
                 self._run(closures)
-        except BaseException:
+            self._descend()
+        except BaseException:  # Ctrl-C too
             self._restore()
             raise
-        self.second_step()
         return loss
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
+        """Perturb the weights by the gradients of a first pass, which are used up.
+
+        Random state and buffers are the caller's to keep.
+        """
         self._perturb(self._gradients())
         if zero_grad:
             self.zero_grad()
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
-        self._restore()
-        norm = _nrm([grads for _, _, grads in self._gradients()])
-        if torch.isfinite(norm + self._norm.to(norm.device)):
-            self.base_optimizer.step()
-        else:
-            self.skipped += 1
+        """Restore the weights, and step with the gradients of a second pass."""
+        self._descend()
         if zero_grad:
             self.zero_grad()
 
-    def _run(self, closures) -> Tensor | float:
-        self.zero_grad()
+    def _run(self, closures: Sequence[Closure]) -> Tensor:
+        """One pass: the mean gradient in `.grad`, the mean loss returned."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.grad = None
         with torch.enable_grad():
             losses = [closure() for closure in closures]
+        if any(loss is None for loss in losses): raise
+        if len(losses) == 1:
+            return losses[0]
+        torch._foreach_div_([w.grad for group in self.param_groups for w in group["params"] if w.grad is not None], len(losses))
         return sum(losses) / len(losses)
 
     def _gradients(self) -> list[Bucket]:
-        buckets: dict[Any, Bucket] = {}
-        for i, group in enumerate(self.param_groups):
-            for w in group["params"]:
-                g = w.grad
-                if g is not None:
-                    _, weights, grads = buckets.setdefault((i, w.device, w.dtype), (group, [], []))
-                    weights.append(w)
-                    grads.append(g.float() if g.dtype in (torch.float16, torch.bfloat16) else g)
-        return list(buckets.values())
+        buckets = []
+        for group in self.param_groups:
+            kinds = defaultdict(lambda: ([], []))
+            for weight in group["params"]:
+                grad = weight.grad
+                if grad is None:
+                    continue
+                if grad.layout != torch.strided:
+                    raise ValueError(f"gradients must be dense, got {grad.layout}; use sparse=False in the embedding")
+                weights, grads = kinds[weight.device, weight.dtype]
+                weights.append(weight)
+                grads.append(grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad)
+            buckets += [(group, *lists) for lists in kinds.values()]
+        return buckets
 
     def _perturb(self, buckets: list[Bucket]) -> None:
-        scaled = [
-            torch._foreach_mul(torch._foreach_abs(weights), grads) if group["adaptive"] else grads
-            for group, weights, grads in buckets
-        ]
-        self._norm = _nrm(scaled)
-        self._saved = [(weights, torch._foreach_clone(weights)) for _, weights, _ in buckets]
-        for (group, weights, _), d in zip(buckets, scaled, strict=True):
+        for group, weights, grads in buckets:
             if group["adaptive"]:
-                d = torch._foreach_mul(torch._foreach_abs(weights), d)
+                torch._foreach_mul_(grads, torch._foreach_abs(weights))
+        self._first_norm = norm = _norm(buckets)
+        self._saved = [(weights, torch._foreach_clone(weights)) for _, weights, _ in buckets]
+        inverse = norm.clamp_min(torch.finfo(norm.dtype).tiny).reciprocal()
+        for group, weights, grads in buckets:
+            if group["adaptive"]:
+                torch._foreach_mul_(grads, torch._foreach_abs(weights))
             if group["normalize"]:
-                d = torch._foreach_mul(d, self._norm.to(weights[0].device).clamp_min(torch.finfo(self._norm.dtype).tiny).reciprocal())
-            torch._foreach_add_(weights, d, alpha=group["rho"])
+                torch._foreach_mul_(grads, inverse.to(weights[0].device))
+            torch._foreach_add_(weights, grads, alpha=-group["rho"] if group.get("maximize") else group["rho"])
 
     def _restore(self) -> None:
         for weights, values in self._saved or []:
             torch._foreach_copy_(weights, values)
         self._saved = None
 
-    def _generators(self):
+    def _descend(self):
+        self._restore()
+        norm = _norm(self._gradients())
+        if math.isfinite(norm + self._first_norm.to(norm.device)):
+            self.base_optimizer.step()
+        else:
+            self.skipped += 1
+        self._opt_called = True
+
+    def _random_state(self):
         devices = {w.device for group in self.param_groups for w in group["params"]}
-        return [(torch, ())]
+        states = [(torch.set_rng_state, torch.get_rng_state())]
+        for device in devices:
+            if device.type != "cpu":
+                module = torch.get_device_module(device)
+                states.append((partial(module.set_rng_state, device=device), module.get_rng_state(device)))
+        return states
 
     @contextmanager
-    def _second_pass(self, start) -> Iterator[None]:
-        generators = self._generators()
-        left = [module.get_rng_state(*device) for module, device in generators]
-        for (module, device), state in zip(generators, start, strict=True):
-            module.set_rng_state(state, *device)
-        buffers = [(m._buffers, dict(m._buffers)) for m in self.model.modules() if m._buffers] if self.model else []
-        values = [b.clone() for _, d in buffers for b in d.values()]
+    def _second_pass(self, start):
+        end = self._random_state()
+        kept = [] if self.model is None else [(m._buffers, dict(m._buffers)) for m in self.model.modules() if m._buffers]
+        tensors = [b for _, buffers in kept for b in buffers.values() if b is not None]
+        values = [t.clone() for t in tensors]
+        for set_state, state in start:
+            set_state(state)
         try:
             yield
         finally:
-            for (module, device), state in zip(generators, left, strict=True):
-                module.set_rng_state(state, *device)
-            for b, v in zip([b for _, d in buffers for b in d.values()], values):
-                b.copy_(v)
+            for set_state, state in end:
+                set_state(state)
+            for live, buffers in kept:
+                live.update(buffers)
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+
+
+def _norm(buckets):
+    norms = [n for _, _, grads in buckets for n in torch._foreach_norm(grads)]
+    if len(buckets) > 1: norms = [n.to(norms[0].device) for n in norms]
+    return torch.linalg.vector_norm(torch.stack(norms))

@@ -34,10 +34,12 @@ class TensorData:
         The generator lives on the CPU, so that every device sees the same order.
         """
         if generator is None:
-            yield from zip(self.inputs.split(batch_size), self.targets.split(batch_size), strict=True)
+            yield from zip(
+                torch.split(self.inputs, batch_size), torch.split(self.targets, batch_size), strict=True
+            )
             return
         order = torch.randperm(len(self), generator=generator).to(self.inputs.device)
-        for rows in order.split(batch_size):
+        for rows in torch.split(order, batch_size):
             yield self.inputs[rows], self.targets[rows]
 
 
@@ -48,6 +50,11 @@ class Splits:
     train: TensorData
     validation: TensorData
     test: TensorData
+
+    def __post_init__(self) -> None:
+        for name in ("train", "validation", "test"):
+            if not len(getattr(self, name)):
+                raise ValueError(f"the {name} split must not be empty; use more data")
 
     def to(self, device: torch.device | str) -> "Splits":
         return Splits(self.train.to(device), self.validation.to(device), self.test.to(device))
@@ -94,6 +101,10 @@ class Task:
     @property
     def higher_is_better(self) -> bool:
         return self.metric != "loss"
+
+    def rank(self, metric: float, loss: float) -> tuple[float, float]:
+        """A key that grows with how good a model is: by its metric, then its loss where metrics tie."""
+        return metric if self.higher_is_better else -metric, -loss
 
     def parameters(self, width: int) -> int:
         """Number of parameters at this width, counted without allocating them."""

@@ -1,0 +1,5 @@
+"""`python -m samlite.cli`."""
+
+from samlite.cli import main
+
+main()

@@ -1,0 +1,111 @@
+"""`samlite sweep`."""
+
+import os
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from samlite.cli.console import progress
+from samlite.cli.options import (
+    OPTIMIZERS,
+    Names,
+    Numbers,
+    json_option,
+    read_recipe,
+    recipe_options,
+    task_argument,
+)
+from samlite.cli.report import present
+
+if TYPE_CHECKING:
+    from samlite.config import Config
+
+
+@click.command(short_help="Train and measure a grid of runs, and report.")
+@task_argument
+@click.option(
+    "--widths", type=Numbers(int), required=True, help="Widths of the first layer, such as 8,32,128."
+)
+@click.option("--optimizers", type=Names(OPTIMIZERS), default="sgd,sam", show_default=True)
+@click.option("--seeds", type=int, default=3, show_default=True, help="How many, counted from 0.")
+@click.option(
+    "--rhos", type=Numbers(float), default="", help="SAM's radii; the best on validation is reported."
+)
+@click.option(
+    "--measure",
+    type=click.Choice(["eigenvalues", "none"]),
+    default="eigenvalues",
+    show_default=True,
+    help="Measure the sharpness of every minimum.",
+)
+@click.option(
+    "--jobs", type=int, help="Runs at once, each with one thread; default one a core, or 1 on a GPU."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the sweep; default runs/TASK.")
+@recipe_options
+@json_option
+def sweep(
+    task: str,
+    widths: tuple[int, ...],
+    optimizers: tuple[str, ...],
+    seeds: int,
+    rhos: tuple[float, ...],
+    measure: str,
+    jobs: int | None,
+    out: Path | None,
+    config: Path | None,
+    as_json: bool,
+    base: str | None,
+    data: str | None,
+    device: str | None,
+    **recipe: Any,
+) -> None:
+    """Train TASK (default: digits) at every width, with every optimizer and seed, measure the sharpness
+    of each minimum, and report.
+
+    \b
+    Examples:
+      samlite sweep digits --widths 8,32,128
+      samlite sweep digits --widths 32,128 --seeds 5 --rhos 0.05,0.1,0.2 --out runs/rhos
+      samlite sweep synthetic --widths 192,1920 --optimizers adam,sam --jobs 4
+
+    Repeat the command to continue what was stopped and to retry what failed; what is finished is kept.
+    More widths, seeds, optimizers or rhos extend the same folder. Each run is a folder that the other
+    commands take. OMP_NUM_THREADS sets the threads of a run.
+    """
+    from samlite import sweep as sweeps
+
+    overrides = read_recipe(config) | {name: value for name, value in recipe.items() if value is not None}
+    cells = sweeps.grid(
+        task, widths, optimizers, seeds, rhos, recipe=overrides, base=base, data=data, device=device
+    )
+    folder = out or Path("runs") / task
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if jobs is None:
+        jobs = cores if cells[0].device == "cpu" else 1
+    failures = _run(folder, cells, measure != "none", jobs)
+    if failures < len(cells):
+        present(folder, as_json)
+    if failures:
+        raise RuntimeError(f"{failures} of {len(cells)} runs failed; repeat the command to retry them")
+
+
+def _run(folder: Path, cells: "list[Config]", measure: bool, jobs: int) -> int:
+    """Run the sweep with a bar of its cells; return how many failed."""
+    from samlite import sweep as sweeps
+
+    running, failures = [], 0
+    with progress() as bar, closing(sweeps.run(folder, cells, measure=measure, jobs=jobs)) as events:
+        work = bar.add_task("starting", total=len(cells))
+        for event in events:
+            if event.state == "started":
+                running.append(event.cell.name)
+            elif event.state != "done":
+                running.remove(event.cell.name)
+            if event.state == "failed":
+                failures += 1
+                bar.console.print(f"{event.cell.name} failed: {event.reason}", markup=False, highlight=False)
+            bar.update(work, advance=event.state != "started", description=", ".join(running))
+    return failures

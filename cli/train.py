@@ -1,0 +1,140 @@
+"""`samlite train`."""
+
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.progress import Progress
+from rich.text import Text
+
+from samlite.cli.console import metric, print_json, progress, stdout, table
+from samlite.cli.options import OPTIMIZERS, json_option, read_recipe, recipe_options, task_argument
+
+if TYPE_CHECKING:
+    from samlite.config import Config
+
+
+@click.command(short_help="Train one network.")
+@task_argument
+@click.option("--width", type=int, help="Width of the first layer; the others scale with it.")
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="sgd", show_default=True)
+@click.option("--rho", type=float, help="Radius of SAM's perturbation.")
+@recipe_options
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of the initial weights and the order of batches."
+)
+@click.option(
+    "--measure", type=click.Choice(["eigenvalues"]), help="Measure the sharpness of the minimum, too."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of the run; default runs/TASK-OPTIMIZER-wN-sN."
+)
+@click.option(
+    "--resume/--no-resume", default=True, help="Continue what is in the folder, or insist on an empty one."
+)
+@json_option
+@click.option("--stop-with-stdin", is_flag=True, hidden=True)
+def train(
+    task: str,
+    config: Path | None,
+    measure: str | None,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+    stop_with_stdin: bool,
+    **choices: Any,
+) -> None:
+    """Train one network on TASK (default: digits) by the task's recipe and your overrides.
+
+    \b
+    Examples:
+      samlite train --width 64
+      samlite train digits --width 128 --optimizer sam --rho 0.1 --seed 1
+      samlite train mnist --data path/to/parquet --epochs 10 --schedule cosine
+
+    Repeat the command to continue a run that was stopped; it ends as if it had never been. `samlite tasks
+    TASK` shows the recipe, and the folder of the run holds config.json, metrics.jsonl, checkpoint.pt,
+    model.safetensors and result.json.
+    """
+    if stop_with_stdin:
+        threading.Thread(target=_stop_with_stdin, daemon=True).start()
+    from samlite.config import Config
+
+    settings = Config.of(task, read_recipe(config), **choices)
+    folder = out or Path("runs") / f"{task}-{settings.name}"
+    with progress() as bar:
+        _train(settings, folder, resume, bar)
+        converged = measure is None or _measure(settings, folder, bar)
+    found = _found(folder)
+    if as_json:
+        print_json({"folder": str(folder), "config": settings.to_json(), **found})
+    else:
+        _show(settings, folder, **found)
+    if not converged:
+        raise RuntimeError(f"the eigenvalue did not converge; try: samlite sharpness {folder} --tol 1e-2")
+
+
+def _train(settings: "Config", folder: Path, resume: bool, bar: Progress) -> None:
+    from samlite import tasks, training
+
+    name = tasks.get(settings.task).metric
+    work = bar.add_task(f"{settings.name}: loading", total=settings.epochs)
+    for record in training.train(settings, folder, resume):
+        score = metric(record.validation_metric, name)
+        status = f"{settings.name}: loss {record.train_loss:.3g}, validation {score}"
+        bar.update(work, completed=record.epoch, description=status)
+    bar.remove_task(work)
+
+
+def _measure(settings: "Config", folder: Path, bar: Progress) -> bool:
+    """Measure the sharpness of a run where that is not done; return whether it converged."""
+    from samlite.sweep import sharpness
+
+    if sharpness(folder) is not None:
+        return True
+    from samlite.measure import measure_run
+
+    work = bar.add_task(f"{settings.name}: measuring", total=None)
+
+    def show(products: int, error: float) -> None:
+        bar.update(work, completed=products, description=f"{settings.name}: measuring, products")
+
+    return bool(measure_run(folder, progress=show).converged)
+
+
+def _found(folder: Path) -> dict[str, Any]:
+    """What a finished run's folder holds: its result, and its sharpness if measured."""
+    from samlite.checkpoints import read_json
+
+    files = {name: folder / f"{name}.json" for name in ("result", "sharpness")}
+    return {name: read_json(path) for name, path in files.items() if path.exists()}
+
+
+def _show(settings: "Config", folder: Path, result: dict[str, Any], sharpness: Any = None) -> None:
+    name, final, best = result["metric"], result["final"], result["best"]
+    view = table(f"{settings.task}: {settings.name}", "", "")
+    view.add_row(
+        f"test {name}",
+        f"{metric(final['test_metric'], name)} at the end, {metric(best['test_metric'], name)} at epoch "
+        f"{best['epoch']}, the best on validation",
+    )
+    accuracy = f", accuracy {metric(final['train_metric'], name)}" if name == "accuracy" else ""
+    verdict = "interpolates" if result["interpolates"] else "does not interpolate"
+    view.add_row("training", f"loss {final['train_loss']:.3g}{accuracy}: {verdict}")
+    view.add_row("parameters", f"{result['parameters']:,}")
+    view.add_row("cost", f"{result['gradient_evaluations']:,} batch gradients, {result['seconds']:.1f} s")
+    if sharpness:
+        found = sharpness["eigenvalues"]
+        status = "" if found["converged"] else ", not converged"
+        view.add_row("sharpness", f"λ_max {found['values'][0]:.6g} ± {found['errors'][0]:.1g}{status}")
+    view.add_row("folder", Text(str(folder)))
+    stdout.print(view)
+
+
+def _stop_with_stdin() -> None:
+    """End at once when standard input closes: a sweep holds it open for as long as it lives."""
+    while os.read(0, 1024):
+        pass
+    os._exit(1)

@@ -1,0 +1,155 @@
+"""The files of a run: written beside and renamed into place, read without executing anything.
+
+A process that dies at any moment, or a machine that loses power, leaves each file whole: the old one
+or the new one.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save
+from torch import Tensor, nn
+
+PATIENCE = 5.0  # seconds to wait for a folder: a killed sweep's last cells need a moment to end
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process alone, creating it. The lock ends with its process, however it ends.
+
+    Raises BlockingIOError where another process holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise BlockingIOError(
+                        f"{folder} is in use by another process; wait for it or choose another folder"
+                    ) from None
+                time.sleep(0.05)
+        yield
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; what was written there takes the place of `path` in one step."""
+    beside = path.with_name(f".{path.name}.new")
+    yield beside
+    _sync(beside)
+    os.replace(beside, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON file in one step."""
+    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def write_lines(path: Path, documents: Iterable[dict[str, Any]]) -> None:
+    """Write a file of JSON objects, one a line, in one step."""
+    write_text(path, "".join(json.dumps(document, allow_nan=False) + "\n" for document in documents))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises ValueError where the file holds anything else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be a JSON file, but it cannot be read ({error})") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(document).__name__}")
+    return document
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values, from which `load_checkpoint` returns the same."""
+    with replacing(path) as beside, open(beside, "wb") as file:  # a handle: the bytes do not hold the name
+        torch.save(state, file)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a file of tensors and plain values onto the CPU; nothing in it is executed.
+
+    Raises ValueError where the file is damaged or holds anything else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # damage shows as many kinds of error
+        raise ValueError(
+            f"{path} must be a checkpoint of tensors and plain values, but it cannot be read: "
+            "it is truncated, damaged, or holds code"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} must hold a dictionary, got {type(state).__name__}")
+    return state
+
+
+def save_model_weights(path: Path, model: nn.Module) -> None:
+    """Write a module's weights as safetensors; a tied weight is kept once and stays tied."""
+    state: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        state.setdefault(id(tensor), (name, tensor.detach().contiguous()))
+    with replacing(path) as beside:
+        beside.write_bytes(save(dict(state.values())))
+
+
+def load_model_weights(path: Path, model: nn.Module) -> None:
+    """Read the weights that `save_model_weights` wrote. Raises ValueError where they do not fit."""
+    try:
+        load_model(model, path)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} does not hold the weights of this run's network: {_reason(error)}"
+        ) from None
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Anyone's weights by name, from a .pt, .pth or .safetensors file; nothing in it is executed.
+
+    A dictionary that nests the weights under "model" or "state_dict" is opened.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} must be a safetensors file: {_reason(error)}") from None
+    state = load_checkpoint(path)
+    for key in ("state_dict", "model"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} must hold named tensors, as model.state_dict() gives them")
+    return state
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,179 @@
+"""Measuring the sharpness of a minimum: of a finished run, or of anyone's checkpoint.
+
+A subject is what `Hessian` needs, from either source. A run's own measurement is written to its ``sharpness.json``.
+Nothing in a checkpoint is executed: weights are read as tensors only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samlite.checkpoints import load_weights, write_json
+from samlite.hessian import Eigenvalues, Hessian, Progress
+
+SAMPLES = 8192  # measured by default, as sharpness changes little beyond them
+
+_LOSSES: dict[str, Callable[[], nn.Module]] = {"cross_entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model at its minimum, with the loss and the data that its sharpness is measured on."""
+
+    model: nn.Module
+    loss: Any
+    data: Any
+    samples: int | None  # measured; None where only the data know
+    available: int | None  # in the data
+
+    def hessian(self, **options: Any) -> Hessian:
+        return Hessian(self.model, self.loss, self.data, **options)
+
+
+def run_subject(
+    folder: Path, samples: int | None = None, seed: int = 0, device: str | None = None
+) -> Subject:
+    """A finished run, measured on training samples drawn by the seed: all of them, up to 8,192 by default."""
+    from samlite.training import load_run
+
+    run = load_run(folder, device)
+    inputs, targets = run.data.train.inputs, run.data.train.targets
+    count = min(len(inputs), SAMPLES if samples is None else samples)
+    if count < len(inputs):
+        rows = (
+            torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+        )
+        rows = rows.to(inputs.device)
+        return Subject(run.model, run.task.loss, (inputs[rows], targets[rows]), count, len(inputs))
+    return Subject(run.model, run.task.loss, (inputs, targets), count, count)
+
+
+def checkpoint_subject(
+    path: Path, model: str, data: str, loss: str, samples: int | None = None, device: str | None = None
+) -> Subject:
+    """Weights in a .pt, .pth or .safetensors file, in the module that ``pkg.mod:factory`` builds.
+
+    Args:
+        model: names a function without arguments that returns the module, or the module itself.
+        data: names an (inputs, targets) pair, a re-iterable of batches, or a function that returns one.
+        loss: ``cross_entropy``, ``mse``, or names a loss module or a function of (model, batch).
+    """
+    module = _made(model, "--model")
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"--model must name a torch.nn.Module or a function that returns one, got {model!r}")
+    _load_into(module, load_weights(path), path)
+    batches = _made(data, "--data")
+    device = device or "cpu"
+    module.to(device)
+    criterion = _LOSSES[loss]() if loss in _LOSSES else resolve(loss, "--loss")
+    pair = (
+        isinstance(batches, tuple) and len(batches) == 2 and all(isinstance(part, Tensor) for part in batches)
+    )
+    available = len(batches[0]) if pair else None
+    if samples is not None:
+        if not pair:
+            raise ValueError(
+                "--samples needs --data to name an (inputs, targets) pair of tensors; limit the batches themselves"
+            )
+        batches = (batches[0][:samples], batches[1][:samples])
+    return Subject(module, criterion, batches, len(batches[0]) if pair else None, available)
+
+
+def measure_run(
+    folder: Path, k: int = 1, progress: Progress | None = None, device: str | None = None
+) -> Eigenvalues:
+    """Top eigenvalues of a finished run, written to its ``sharpness.json``."""
+    subject = run_subject(folder, device=device)
+    found = subject.hessian().eigenvalues(k, verify=True, progress=progress)
+    write_sharpness(folder, subject, "LA", found)
+    return found
+
+
+def write_sharpness(folder: Path, subject: Subject, which: str, found: Eigenvalues, **settings: Any) -> None:
+    """Keep a measurement with its run."""
+    write_json(folder / "sharpness.json", as_record(subject, which, found, **settings))
+
+
+def as_record(subject: Subject, which: str, found: Eigenvalues, **settings: Any) -> dict[str, Any]:
+    """A measurement as JSON: what was measured, the values and how far they can be trusted."""
+    return {
+        "samples": subject.samples,
+        "available": subject.available,
+        "mode": "eval",
+        "dtype": "float32",
+        **settings,
+        "eigenvalues": {
+            "which": which,
+            "values": found.values.tolist(),
+            "errors": found.errors.tolist(),
+            "residuals": found.residuals.tolist(),
+            "converged": found.converged,
+            "complete": found.complete,
+            "matvecs": found.matvecs,
+        },
+        "seconds": found.seconds,
+    }
+
+
+def resolve(name: str, option: str) -> Any:
+    """The object that ``pkg.mod:name`` names; the current folder is on the path."""
+    module_name, separator, attribute = name.partition(":")
+    if not (separator and module_name and attribute):
+        raise ValueError(f"{option} must name an object as pkg.mod:name, got {name!r}")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except ImportError as error:
+        raise ValueError(f"{option} must name an importable module, got {module_name!r} ({error})") from error
+    except AttributeError:
+        raise ValueError(f"{option} must name something in {module_name}, got {attribute!r}") from None
+    except Exception as error:  # the user's own module: whatever goes wrong in it
+        raise ValueError(
+            f"{option}: importing {module_name} failed with {type(error).__name__}: {error}"
+        ) from error
+    return found
+
+
+def _made(name: str, option: str) -> Any:
+    """The named object, or what the named function returns."""
+    found = resolve(name, option)
+    if isinstance(found, nn.Module) or not callable(found):
+        return found
+    try:
+        return found()
+    except Exception as error:  # the user's own function
+        raise ValueError(f"{option}: {name} failed with {type(error).__name__}: {error}") from error
+
+
+def _load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    try:
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        detail = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise ValueError(f"{path} must fit the model of --model: {detail}") from None
+    # A tied weight is stored once: what it is missing under its other names is there.
+    present = {id(tensor) for name, tensor in module.state_dict(keep_vars=True).items() if name in state}
+    missing = [name for name in missing if id(module.state_dict(keep_vars=True)[name]) not in present]
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} must fit the model of --model: "
+            + "; ".join(
+                f"{what} {', '.join(islice(names, 3))}"
+                + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                for what, names in (("it lacks", missing), ("the model has no", unexpected))
+                if names
+            )
+        )

@@ -1,0 +1,200 @@
+"""A grid of runs: widths, optimizers, seeds and rhos, each cell in a process of its own.
+
+A cell is `samlite train` in a subfolder, so it resumes where it was stopped, and one that crashes
+takes nothing else with it. Every cell computes with one thread (with OMP_NUM_THREADS, if that is
+set), so that results do not depend on how many cells run at once.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from samlite.checkpoints import locked, read_json, write_json
+from samlite.config import Config
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a cell. "done": an earlier sweep finished it."""
+
+    cell: Config
+    state: Literal["done", "started", "finished", "failed"]
+    reason: str = ""
+
+
+def grid(
+    task: str,
+    widths: Sequence[int],
+    optimizers: Sequence[str] = ("sgd", "sam"),
+    seeds: int = 3,
+    rhos: Sequence[float] = (),
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> list[Config]:
+    """The cells, ordered so that what is compared is finished together.
+
+    Args:
+        seeds: how many, counted from 0.
+        rhos: for SAM; default the recipe's.
+        recipe, settings: as of `Config.of`. SAM wraps `base`, by default the first other optimizer.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds must be >= 1, got {seeds}")
+    if rhos and "sam" not in optimizers:
+        raise ValueError(f"rhos must go with sam among the optimizers, got {', '.join(optimizers)}")
+    base = settings.pop("base", None) or next((name for name in optimizers if name != "sam"), "sgd")
+    cells = []
+    for width in widths:
+        for seed in range(seeds):
+            for optimizer in optimizers:
+                own: dict[str, Any] = {"base": base} if optimizer == "sam" else {}
+                for rho in (rhos or (None,)) if optimizer == "sam" else (None,):
+                    choices = {"width": width, "seed": seed, "optimizer": optimizer, "rho": rho, **own}
+                    cells.append(Config.of(task, recipe, **choices, **settings))
+    return list(dict.fromkeys(cells))
+
+
+def run(folder: Path, cells: Sequence[Config], *, measure: bool = False, jobs: int = 1) -> Iterator[Event]:
+    """Run the cells that are not finished, `jobs` at a time, and yield what happens.
+
+    The cells join those that the folder's sweep.json already records. Closing the iterator stops the
+    running ones; they resume when the sweep is repeated.
+
+    Raises:
+        ValueError: the folder holds something else, or a sweep with another recipe.
+        BlockingIOError: another process runs a sweep in this folder.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs must be >= 1, got {jobs}")
+    folder = folder.resolve()
+    with locked(folder):
+        _record(folder, cells)
+        waiting = []
+        for cell in cells:
+            if finished(folder / cell.name, cell, measure):
+                yield Event(cell, "done")
+            else:
+                waiting.append(cell)
+        running: list[_Process] = []
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running.append(_Process.start(folder, waiting.pop(0), measure))
+                    yield Event(running[-1].cell, "started")
+                time.sleep(0.02)
+                for process in [process for process in running if process.child.poll() is not None]:
+                    running.remove(process)
+                    reason = process.failure()
+                    yield Event(process.cell, "failed" if reason else "finished", reason)
+        finally:
+            for process in running:
+                process.child.terminate()
+            for process in running:
+                process.failure()
+
+
+def read(folder: Path) -> list[Config]:
+    """The cells of a sweep. Raises ValueError where the folder holds none."""
+    path = folder / "sweep.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} must be the folder of a sweep, but it has no sweep.json")
+    cells = read_json(path).get("cells")
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
+        raise ValueError(f"{path} must hold a list of cells")
+    return [Config.from_json(cell, path) for cell in cells]
+
+
+def finished(folder: Path, cell: Config, measure: bool) -> bool:
+    """Whether the folder holds the result of this very cell, with a converged measurement if asked."""
+    if not (folder / "result.json").is_file():
+        return False
+    if Config.from_json(read_json(folder / "config.json"), folder / "config.json") != cell:
+        return False
+    return not measure or sharpness(folder) is not None
+
+
+def sharpness(folder: Path) -> float | None:
+    """The largest Hessian eigenvalue of a run; None where it was not measured or did not converge."""
+    path = folder / "sharpness.json"
+    if not path.is_file():
+        return None
+    found: Any = read_json(path).get("eigenvalues")
+    try:
+        return float(found["values"][0]) if found["which"] == "LA" and found["converged"] is True else None
+    except (IndexError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is not a measurement; delete it and measure again") from None
+
+
+def _record(folder: Path, cells: Sequence[Config]) -> None:
+    """Add the cells to sweep.json, if they belong to the same sweep."""
+    known: list[Config] = []
+    if (folder / "sweep.json").exists():
+        known = read(folder)
+    elif any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ValueError(f"{folder} must be empty or hold a sweep, but it has no sweep.json")
+    for old in known:
+        for new in cells:
+            if differences := _differences(old, new):
+                raise ValueError(f"{folder} holds another sweep ({differences}); choose another folder")
+    both = list(dict.fromkeys([*known, *cells]))
+    if both != known:
+        write_json(folder / "sweep.json", {"cells": [cell.to_json() for cell in both]})
+
+
+def _differences(old: Config, new: Config) -> str:
+    """What two cells of one sweep must have in common, but do not."""
+    shared = ["task", "weight_decay", "batch_size", "epochs", "schedule", "milestones", "data", "device"]
+    if old.base == new.base:
+        shared += ["lr", "momentum"]
+    return "; ".join(
+        f"{name} {getattr(old, name)} there, {getattr(new, name)} now"
+        for name in shared
+        if getattr(old, name) != getattr(new, name)
+    )
+
+
+@dataclass(frozen=True)
+class _Process:
+    cell: Config
+    child: subprocess.Popen[bytes]
+    errors: IO[bytes]
+
+    @classmethod
+    def start(cls, folder: Path, cell: Config, measure: bool) -> "_Process":
+        options = {**cell.to_json(), "milestones": ",".join(map(str, cell.milestones)), "out": cell.name}
+        task = options.pop("task")
+        command = [sys.executable, "-m", "samlite.cli", "train", task, "--json", "--stop-with-stdin"]
+        for name, value in options.items():
+            if value is not None:
+                command += [f"--{name.replace('_', '-')}", str(value)]
+        if measure:
+            command += ["--measure", "eigenvalues"]
+        errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed at the end of the process)
+        child = subprocess.Popen(
+            command,
+            cwd=folder,  # also keeps a source tree in the current folder off the path
+            env={"OMP_NUM_THREADS": "1", **os.environ},
+            stdin=subprocess.PIPE,  # closes with this process, however it ends, and takes the cell with it
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
+        return cls(cell, child, errors)
+
+    def failure(self) -> str:
+        """Wait for the process, and say in a line why it failed; empty where it did not."""
+        with self.child, self.errors:
+            self.child.wait()
+            self.errors.seek(0)
+            lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        code = self.child.returncode
+        if code < 0:
+            return f"ended by {signal.Signals(-code).name}; repeat the command to continue"
+        return (lines[-1].removeprefix("Error: ") if lines else f"ended with status {code}") if code else ""

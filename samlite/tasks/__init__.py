@@ -1,0 +1,19 @@
+"""The tasks: what to train on, with which network and recipe. One file a domain."""
+
+from difflib import get_close_matches
+
+from samlite.tasks import digits, mnist, synthetic
+from samlite.tasks.task import Recipe, Splits, Task, TensorData
+
+__all__ = ["TASKS", "Recipe", "Splits", "Task", "TensorData", "get"]
+
+TASKS = {task.name: task for task in (digits.TASK, synthetic.TASK, mnist.TASK)}
+
+
+def get(name: str) -> Task:
+    """The task of this name. Raises ValueError that suggests the nearest one."""
+    if name in TASKS:
+        return TASKS[name]
+    near = get_close_matches(str(name), TASKS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}{hint}")

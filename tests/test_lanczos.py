@@ -1,0 +1,238 @@
+"""The eigen-solver on matrices whose spectrum is known."""
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from samlite.hessian import _module
+
+BULK = 120
+
+
+def symmetric(spectrum: list[float], size: int = BULK, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A float64 matrix with the given eigenvalues, filled up in [-1, 1], and all eigenvalues, largest first."""
+    generator = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    rest = 2 * torch.rand(size - len(spectrum), generator=generator, dtype=torch.float64) - 1
+    matrix = (q * torch.cat([torch.tensor(spectrum, dtype=torch.float64), rest])) @ q.T
+    matrix = (matrix + matrix.T) / 2
+    return matrix, torch.linalg.eigvalsh(matrix).flip(0)
+
+
+def solve(matrix: Tensor, which: str = "LA", method: str = "lanczos", **options: Any) -> Any:
+    module = _module()
+    return module.eigenpairs(
+        lambda v: matrix @ v, matrix[0], len(matrix), module.Options(**options), which=which, method=method
+    )
+
+
+def numbers(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def wanted(eigenvalues: Tensor, which: str, k: int) -> Tensor:
+    order = {"LA": eigenvalues, "SA": -eigenvalues, "LM": eigenvalues.abs()}[which].argsort(descending=True)
+    return eigenvalues[order[:k]]
+
+
+def within_errors(found: Any, eigenvalues: Tensor) -> bool:
+    """Every value has an eigenvalue within its stated error."""
+    values, errors = numbers(found.values), numbers(found.errors)
+    return bool(((values[:, None] - eigenvalues).abs().min(dim=1).values <= errors).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_eigenvalues_are_within_their_errors_of_a_known_spectrum(dtype: Any, which: str, k: int) -> None:
+    matrix, eigenvalues = symmetric([50, 30, 20, 10, 6, 4, -40, -25, -12, -7, -5])
+    found = solve(matrix.to(dtype), which, k=k, verify=True)
+    assert found.converged and found.complete
+    assert within_errors(found, eigenvalues)
+    # tol is 1e-3: so are the values
+    assert torch.allclose(numbers(found.values), wanted(eigenvalues, which, k), rtol=1e-3)
+
+
+def test_vectors_are_orthonormal_and_have_the_stated_residuals() -> None:
+    matrix, _ = symmetric([50, 30, 20, 10, 6])
+    found = solve(matrix, k=4, tol=1e-8)
+    x = found.vectors
+    assert torch.allclose(x @ x.T, torch.eye(4, dtype=torch.float64), atol=1e-12)
+    residuals = torch.linalg.vector_norm(x @ matrix - numbers(found.values)[:, None] * x, dim=1)
+    # the certificate adds the rounding of one product to each
+    assert torch.allclose(residuals, numbers(found.residuals), atol=1e-11)
+
+
+def test_repeated_eigenvalues_are_returned_as_often_as_they_occur() -> None:
+    matrix, _ = symmetric([50, 50, 50, 30, 30, 20], size=400)
+    found = solve(matrix, k=6, verify=True)
+    assert found.complete
+    assert [round(value, 1) for value in found.values] == [50, 50, 50, 30, 30, 20]
+
+
+def test_clusters_closer_than_a_residual_are_resolved_or_bounded() -> None:
+    for seed in range(60):
+        draw = random.Random(seed)
+        spectrum = [
+            draw.choice([10, 20, 40]) + draw.choice([0, 1e-3, 0.01, 0.1, 0.3, 1]) * draw.random()
+            for _ in range(draw.randint(3, 10))
+        ]
+        matrix, eigenvalues = symmetric(spectrum, seed=seed)
+        k = draw.choice([2, 3, 5])
+        found = solve(matrix, k=k, verify=True, seed=seed)
+        assert found.converged and found.complete, seed
+        assert within_errors(found, eigenvalues), seed
+        # none that is larger than the k-th by more than tol was missed
+        assert (numbers(found.values) >= eigenvalues[:k] * (1 - 2e-3)).all(), seed
+
+
+def test_a_single_eigenvalue_in_a_cluster_is_within_its_residual_without_verify() -> None:
+    for seed in range(40):
+        matrix, eigenvalues = symmetric([10 + 0.1 * random.Random(seed).random(), 10, 9.9], seed=seed)
+        found = solve(matrix, separated=False, seed=seed)
+        assert found.converged and within_errors(found, eigenvalues), seed
+
+
+def test_the_search_finishes_within_ten_products_where_the_rest_of_the_spectrum_lies_below() -> None:
+    matrix, _ = symmetric([50, 40, 30, 20, 10], size=400)
+    without, with_search = solve(matrix, k=5, verify=False), solve(matrix, k=5, verify=True)
+    assert without.complete is None and with_search.complete is True
+    assert with_search.matvecs - without.matvecs <= 10
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_basis_may_be_as_small_as_2k_plus_2_vectors(k: int) -> None:
+    matrix, eigenvalues = symmetric([50, 30, 20, 10], size=400)
+    found = solve(matrix, k=k, basis=2 * k + 2, verify=True)
+    assert found.converged and found.complete
+    assert torch.allclose(numbers(found.values), eigenvalues[:k], rtol=1e-3)
+
+
+def test_restarts_keep_what_a_large_basis_finds() -> None:
+    matrix, eigenvalues = symmetric([2, 1.9, 1.8], size=400)
+    small, large = solve(matrix, k=3, basis=12, tol=1e-6), solve(matrix, k=3, basis=200, tol=1e-6)
+    assert small.matvecs > 12
+    for found in (small, large):
+        assert found.converged and torch.allclose(numbers(found.values), eigenvalues[:3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_breakdown_is_relative_to_the_size_of_the_matrix(scale: float) -> None:
+    matrix = scale * torch.diag(torch.tensor([5.0, 5, 3, 3, 3, 1] + [0.0] * 14, dtype=torch.float64))
+    found = solve(matrix, k=6, verify=True)
+    assert found.converged and found.complete
+    assert torch.allclose(numbers(found.values) / scale, numbers([5, 5, 3, 3, 3, 1]), atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+@pytest.mark.parametrize("matrix", [torch.zeros(30, 30), torch.eye(30), 4 * torch.ones(1, 1)])
+def test_matrices_without_a_gap_give_their_eigenvalue(matrix: Tensor, method: str) -> None:
+    for k in {1, min(3, len(matrix)), len(matrix)}:
+        found = solve(matrix, method=method, k=k)
+        assert found.converged
+        assert torch.allclose(numbers(found.values), torch.linalg.eigvalsh(matrix.double())[-k:].flip(0), atol=1e-5)
+
+
+def test_k_up_to_the_whole_dimension_gives_the_whole_spectrum() -> None:
+    matrix, eigenvalues = symmetric([9, 9, 4], size=24)
+    found = solve(matrix, k=24, tol=1e-6)
+    assert found.converged and found.complete is not False
+    assert torch.allclose(numbers(found.values), eigenvalues, atol=1e-9)
+
+
+def test_a_start_that_is_another_eigenvector_does_not_hide_the_largest() -> None:
+    matrix, eigenvalues = symmetric([50, 30, 20])
+    wrong = torch.linalg.eigh(matrix).eigenvectors[:, [-2]].T.contiguous()
+    found = solve(matrix, k=1, start=wrong, verify=True)
+    assert found.complete and found.values[0] == pytest.approx(float(eigenvalues[0]), rel=1e-3)
+
+
+def test_a_warm_start_needs_fewer_products() -> None:
+    matrix, _ = symmetric([50, 40, 30, 20, 10], size=400)
+    noise, _ = symmetric([], size=400, seed=1)
+    nearby = matrix + 0.1 * noise
+    eigenvalues = torch.linalg.eigvalsh(nearby).flip(0)
+    start = solve(matrix, k=3, tol=1e-6).vectors
+    cold, warm = solve(nearby, k=3), solve(nearby, k=3, start=start)
+    assert warm.converged and within_errors(warm, eigenvalues)
+    assert warm.matvecs < cold.matvecs / 1.5
+
+
+def test_products_running_out_is_said_and_errors_still_hold() -> None:
+    matrix, eigenvalues = symmetric([])
+    for options in ({"k": 5, "max_matvecs": 15}, {"k": 5, "max_matvecs": 15, "start": torch.eye(BULK).double()[:5]}):
+        found = solve(matrix, **options)
+        assert not found.converged
+        assert found.matvecs <= 20  # a certificate may follow
+        assert within_errors(found, eigenvalues)
+
+
+def test_a_search_that_does_not_finish_is_not_called_complete() -> None:
+    matrix, _ = symmetric([50, 30, 20])
+    plain = solve(matrix, k=3)
+    assert solve(matrix, k=3, verify=True, max_matvecs=plain.matvecs + 1).complete is False
+
+
+def test_asking_for_more_than_float32_holds_is_not_called_converged() -> None:
+    matrix, eigenvalues = symmetric([50, 30, 20])
+    found = solve(matrix.float(), k=2, tol=1e-10)
+    assert not found.converged and found.matvecs < 100
+    assert within_errors(found, eigenvalues)
+
+
+def test_the_certificate_exposes_a_matrix_that_changes_between_products() -> None:
+    matrix, _ = symmetric([50, 30, 20])
+    generator = torch.Generator().manual_seed(0)
+    module = _module()
+
+    def product(v: Tensor) -> Tensor:
+        return matrix @ v + torch.randn(BULK, generator=generator, dtype=torch.float64)
+
+    found = module.eigenpairs(product, matrix[0], BULK, module.Options(k=2, max_matvecs=200))
+    assert not found.converged
+    assert min(found.residuals) > 1  # of order sqrt(BULK), the size of the noise
+
+
+def test_the_certificate_exposes_an_asymmetric_matrix() -> None:
+    matrix, _ = symmetric([50, 30, 20])
+    skew = torch.randn(BULK, BULK, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert not solve(matrix + (skew - skew.T), k=2, max_matvecs=200).converged
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_products_that_are_not_finite_are_an_error(value: float) -> None:
+    for method in ("lanczos", "power"):
+        with pytest.raises(ValueError, match="must be finite"):
+            solve(torch.full((5, 5), value), method=method)
+
+
+def test_an_operator_of_the_wrong_shape_is_an_error() -> None:
+    module = _module()
+    with pytest.raises(ValueError, match="the product must be like its vector"):
+        module.eigenpairs(lambda v: v[:-1], torch.ones(5), 5, module.Options())
+
+
+def test_an_error_in_the_operator_keeps_its_type() -> None:
+    def fail(v: Tensor) -> Tensor:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        _module().eigenpairs(fail, torch.ones(5), 5, _module().Options())
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+def test_power_iteration_finds_the_end_that_was_asked_for(which: str) -> None:
+    matrix, eigenvalues = symmetric([20, 12, 7, -40, -25, -13])
+    found = solve(matrix, which, "power", k=2, max_matvecs=3000)
+    assert found.converged and within_errors(found, eigenvalues)
+    assert torch.allclose(numbers(found.values), wanted(eigenvalues, which, 2), rtol=2e-3)
+
+
+def test_power_iteration_does_not_stop_early_on_a_small_gap() -> None:
+    matrix, eigenvalues = symmetric([1.10, 1.08, 1.06])
+    found = solve(matrix, method="power", max_matvecs=50)
+    assert not found.converged and within_errors(found, eigenvalues)
