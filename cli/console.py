@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, JustifyMethod
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,8 +18,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-stdout = Console()
-stderr = Console(stderr=True)
+stdout = Console(markup=False, highlight=False)
+stderr = Console(markup=False, highlight=False, stderr=True)
 
 
 @contextmanager
@@ -37,11 +38,20 @@ def progress() -> Iterator[Progress]:
 
 def table(title: str, *columns: str) -> Table:
     """An empty table in the house style; a column whose name starts with ">" is aligned right."""
-    result = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    result = Table(
+        title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
     for name in columns:
-        result.add_column(
-            name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold"
-        )
+        side: JustifyMethod = "right" if name.startswith(">") else "left"
+        result.add_column(name.removeprefix(">"), justify=side, overflow="fold")
+    return result
+
+
+def facts(title: str) -> Table:
+    """An empty table of names and values."""
+    result = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
+    result.add_column(style="cyan", no_wrap=True)
+    result.add_column(overflow="fold")
     return result
 
 

@@ -138,6 +138,7 @@ def recipe_options(command: F) -> F:
             metavar="FILE.toml",
             help="A file of recipe fields, such as lr = 0.1.",
         ),
+        click.option("--threads", type=int, help="Threads of the CPU that a run computes with."),
         click.option("--device", help="cpu, cuda, cuda:1, mps; default cuda if there is one."),
     ]
     for option in reversed(options):

@@ -43,7 +43,7 @@ def present(folder: Path, as_json: bool, figure: Path | None = None) -> None:
         return
     _show(found)
     if figure:
-        stdout.print(f"figure: {figure}", markup=False, highlight=False)
+        stdout.print(f"figure: {figure}")
 
 
 def _show(found: "Report") -> None:
@@ -75,7 +75,7 @@ def _show(found: "Report") -> None:
         view.add_section()
     stdout.print(view)
     for note in _notes(found):
-        stdout.print(note, markup=False, highlight=False, style="dim")
+        stdout.print(note, style="dim")
 
 
 def _interval(value: "Interval | None", scale: float = 1, sign: str = "") -> str:

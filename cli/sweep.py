@@ -40,9 +40,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Measure the sharpness of every minimum.",
 )
-@click.option(
-    "--jobs", type=int, help="Runs at once, each with one thread; default one a core, or 1 on a GPU."
-)
+@click.option("--jobs", type=int, help="Runs at once; default as many as the cores allow, or 1 on a GPU.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the sweep; default runs/TASK.")
 @recipe_options
 @json_option
@@ -73,7 +71,7 @@ def sweep(
 
     Repeat the command to continue what was stopped and to retry what failed; what is finished is kept.
     More widths, seeds, optimizers or rhos extend the same folder. Each run is a folder that the other
-    commands take. OMP_NUM_THREADS sets the threads of a run.
+    commands take.
     """
     from samlite import sweep as sweeps
 
@@ -84,7 +82,7 @@ def sweep(
     folder = out or Path("runs") / task
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if jobs is None:
-        jobs = cores if cells[0].device == "cpu" else 1
+        jobs = max(1, cores // cells[0].threads) if cells[0].device == "cpu" else 1
     failures = _run(folder, cells, measure != "none", jobs)
     if failures < len(cells):
         present(folder, as_json)
@@ -106,6 +104,6 @@ def _run(folder: Path, cells: "list[Config]", measure: bool, jobs: int) -> int:
                 running.remove(event.cell.name)
             if event.state == "failed":
                 failures += 1
-                bar.console.print(f"{event.cell.name} failed: {event.reason}", markup=False, highlight=False)
+                bar.console.print(f"{event.cell.name} failed: {event.reason}", soft_wrap=True)
             bar.update(work, advance=event.state != "started", description=", ".join(running))
     return failures

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from samlite.cli.console import print_json, stdout, table
+from samlite.cli.console import facts, print_json, stdout, table
 from samlite.cli.options import json_option, task_names
 
 if TYPE_CHECKING:
@@ -43,18 +43,17 @@ def _show(task: "Task") -> None:
     recipe = asdict(task.recipe)
     recipe["lr"] = ", ".join(f"{value:g} {base}" for base, value in recipe["lr"].items())
     recipe["milestones"] = ", ".join(map(str, recipe["milestones"])) + " of the epochs"
-    view = table(f"{task.name}: {task.summary}", "", "")
+    view = facts(f"{task.name}: {task.summary}")
     view.add_row("network", task.network)
     view.add_row("parameters", ", ".join(f"width {width}: {n}" for width, n in _parameters(task).items()))
     view.add_row("data", task.data)
     if task.source:
         view.add_row("source", f"--data, by default {task.source}")
     view.add_row("test metric", f"{task.metric}, {'higher' if task.higher_is_better else 'lower'} is better")
-    view.add_section()
     for name, value in recipe.items():
         view.add_row(name.replace("_", " "), str(value))
     stdout.print(view)
-    stdout.print(f"samlite sweep {task.name} --widths {','.join(map(str, task.widths))}", highlight=False)
+    stdout.print(f"samlite sweep {task.name} --widths {','.join(map(str, task.widths))}")
 
 
 def _parameters(task: "Task") -> dict[int, str]:

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.progress import Progress
-from rich.text import Text
 
-from samlite.cli.console import metric, print_json, progress, stdout, table
+from samlite.cli.console import facts, metric, print_json, progress, stdout
 from samlite.cli.options import OPTIMIZERS, json_option, read_recipe, recipe_options, task_argument
 
 if TYPE_CHECKING:
@@ -94,8 +93,11 @@ def _measure(settings: "Config", folder: Path, bar: Progress) -> bool:
 
     if sharpness(folder) is not None:
         return True
+    import torch
+
     from samlite.measure import measure_run
 
+    torch.set_num_threads(settings.threads)
     work = bar.add_task(f"{settings.name}: measuring", total=None)
 
     def show(products: int, error: float) -> None:
@@ -114,7 +116,7 @@ def _found(folder: Path) -> dict[str, Any]:
 
 def _show(settings: "Config", folder: Path, result: dict[str, Any], sharpness: Any = None) -> None:
     name, final, best = result["metric"], result["final"], result["best"]
-    view = table(f"{settings.task}: {settings.name}", "", "")
+    view = facts(f"{settings.task}: {settings.name}")
     view.add_row(
         f"test {name}",
         f"{metric(final['test_metric'], name)} at the end, {metric(best['test_metric'], name)} at epoch "
@@ -129,7 +131,7 @@ def _show(settings: "Config", folder: Path, result: dict[str, Any], sharpness: A
         found = sharpness["eigenvalues"]
         status = "" if found["converged"] else ", not converged"
         view.add_row("sharpness", f"λ_max {found['values'][0]:.6g} ± {found['errors'][0]:.1g}{status}")
-    view.add_row("folder", Text(str(folder)))
+    view.add_row("folder", str(folder))
     stdout.print(view)
 
 

@@ -109,7 +109,8 @@ void Lanczos::begin(const Tensor& start) {
 void Lanczos::step() {
   const int64_t row = locked_ + size_;
   const Tensor B = V_.narrow(0, 0, row + 1);
-  const Tensor w = apply_(V_[row]);
+  Tensor w = apply_(V_[row]);
+  if (correction_ != 0) w = at::addcmul(w, *q_, q_->dot(V_[row]), correction_);
   Tensor h = B.mv(w);
   Tensor q = at::addmv(w, B.t(), h, 1, -1);
   const Tensor correction = B.mv(q);
@@ -232,7 +233,11 @@ void Lanczos::krylov() {
   rest_ = intervals(ritz_.values, residual_, k);
   residuals_ = head(residual_, k);
   const bool whole = spanned();
-  restart(k);
+  // A few pairs more than asked for make the search short, where there is room for it.
+  kept_ = std::max(k, std::min({size_, 2 * k + 2, rows_ - 10}));
+  for (int64_t i = 0; i < kept_; ++i) kept_pairs_.push_back({ritz_.values[i], coupling_[i].item<double>()});
+  restart(kept_);
+  q_ = V_[kept_].clone();
   if (!whole) certify();
 }
 
@@ -246,7 +251,7 @@ void Lanczos::certify() {
   const Tensor c = signs.to(V_.options());
   const Tensor theta = to_tensor(values_, V_.options());
   const double b = coupling_.narrow(0, 0, k).dot(signs).item<double>();
-  const Tensor expected = X.t().mv(theta * c).add_(V_[k], b);
+  const Tensor expected = X.t().mv(theta * c).add_(*q_, b);
   const double mismatch = at::linalg_vector_norm(apply_(X.t().mv(c)) - expected).item<double>();
   auto certified = residuals_;
   for (auto& r : certified) r = std::hypot(r, std::sqrt(k) * mismatch);
@@ -265,52 +270,81 @@ double Lanczos::Hypothesis::growth() const {
   return std::sqrt(square);
 }
 
-// Looks for eigenvalues beyond the k-th in the complement of the found vectors, from a fresh random start v_0.
-// If u is an eigenvector there with eigenvalue mu, the recurrence fixes all its coordinates up to c = u . v_0, and
-// as their squares sum to at most 1, |c| <= 1/growth(mu). For a random start that has a probability of at most
+// Searches the complement of the first `locked` rows for an eigenvalue beyond the bar, from a fresh random start v_0.
+// If u is an eigenvector there with eigenvalue mu, the recurrence fixes all its coordinates up to c = u . v_0, and as
+// their squares sum to at most 1, |c| <= 1/growth(mu). For a random start that has a probability of at most
 // sqrt(2p/pi)/growth; growth rises with mu, so the bar itself is the worst case. A few products suffice where the
 // rest of the spectrum lies well below; where it touches the bar, as many as resolve it.
-void Lanczos::search() {
+Lanczos::Verdict Lanczos::probe(int64_t locked, double bar) {
   const double needed = std::sqrt(2 * static_cast<double>(p_) / M_PI) / kMissProbability;
+  locked_ = locked;
+  size_ = 0;
+  if (spanned()) return Verdict::clear;
+  if (apply_.exhausted()) return Verdict::undecided;
+  hypotheses_.clear();
+  if (options_.which != Which::SA) hypotheses_.push_back({bar, {1.0}});
+  if (options_.which != Which::LA) hypotheses_.push_back({-bar, {1.0}});
+  begin(random());
+  bool missed = false;
+  const bool decided = extend(1, 3, [&] {
+    missed = rank(ritz_.values[0], options_.which) > bar;
+    if (missed && locked > options_.k) return -kInfinity;
+    if (missed) return distance({ritz_.values[0]}, {residual_[0]}, intervals(ritz_.values, residual_, 1));
+    double growth = kInfinity;
+    for (const auto& h : hypotheses_) growth = std::min(growth, h.growth());
+    return std::log(needed / growth);
+  });
+  hypotheses_.clear();
+  return !decided ? Verdict::undecided : missed ? Verdict::missed : Verdict::clear;
+}
+
+// The bar is the k-th value and what is not known of it.
+double Lanczos::bar() const {
+  const double last = values_.back();
+  const double error = bounds(values_, residuals_, rest_).back();
+  return rank(last, options_.which) + std::max(error, options_.tol * std::abs(last)) + 2 * rounding();
+}
+
+// Whether the complement of all kept Ritz vectors X is clear, which takes about half the products of the complement of
+// the first k, as the values next to the k-th are out of the way. With H X^T = X^T Theta + q b^T, the eigenvalues of H
+// beyond mu number those of Theta plus those of the Schur complement P H P + q b^T (mu - Theta)^{-1} b q^T
+// (Sylvester's law of inertia): one rank-one term accounts for X being no exact invariant subspace.
+Lanczos::Verdict Lanczos::probe_beyond_kept() {
+  if (kept_ <= options_.k || options_.which == Which::LM) return Verdict::undecided;
+  const double limit = bar(), mu = options_.which == Which::LA ? limit : -limit;
+  double weight = 0;
+  for (const auto& [theta, b] : kept_pairs_) weight += b * b / (mu - theta);
+  if (!(std::abs(weight) < norm_)) return Verdict::undecided;
+  correction_ = weight;
+  const Verdict verdict = probe(kept_, limit);
+  correction_ = 0;
+  return verdict;
+}
+
+void Lanczos::search() {
   complete_ = false;
+  Verdict verdict = probe_beyond_kept();
+  q_.reset();
   while (true) {
-    locked_ = options_.k;
-    size_ = 0;
-    if (spanned()) {
-      complete_ = true;
-      return;
-    }
-    if (apply_.exhausted()) return;
-    const auto errors = bounds(values_, residuals_, rest_);
-    const double last = values_.back();
-    const double bar =
-        rank(last, options_.which) + std::max(errors.back(), options_.tol * std::abs(last)) + 2 * rounding();
-    hypotheses_.clear();
-    if (options_.which != Which::SA) hypotheses_.push_back({bar, {1.0}});
-    if (options_.which != Which::LA) hypotheses_.push_back({-bar, {1.0}});
-    begin(random());
-    bool missed = false;
-    const bool decided = extend(1, 3, [&] {
-      missed = rank(ritz_.values[0], options_.which) > bar;
-      if (missed)
-        return distance({ritz_.values[0]}, {residual_[0]}, intervals(ritz_.values, residual_, 1));
-      double growth = kInfinity;
-      for (const auto& h : hypotheses_) growth = std::min(growth, h.growth());
-      return std::log(needed / growth);
-    });
-    hypotheses_.clear();
-    if (!decided) return;
-    if (!missed) {
+    if (verdict != Verdict::clear) verdict = probe(options_.k, bar());
+    if (verdict == Verdict::undecided) return;
+    if (verdict == Verdict::clear) {
       // A neighbour just below the k-th value may still void its error bound: then both are refined.
       auto known = intervals(ritz_.values, residual_, 0);
+      if (spanned()) known.clear();
       known.insert(known.end(), rest_.begin(), rest_.end());
       if (distance(values_, residuals_, known) <= 0) {
         rest_ = known;
         complete_ = true;
         return;
       }
+      if (locked_ > options_.k) {
+        verdict = Verdict::undecided;
+        continue;
+      }
     }
     merge();
+    verdict = Verdict::missed;
   }
 }
 

@@ -27,6 +27,10 @@ class Lanczos {
   // The stages of a solve; each leaves the best k Ritz vectors in the first rows of V_.
   void krylov();
   void certify();
+  enum class Verdict { clear, missed, undecided };
+  Verdict probe(int64_t locked, double bar);
+  Verdict probe_beyond_kept();
+  double bar() const;
   void search();
   void merge();
   void refine(int64_t count);
@@ -67,6 +71,11 @@ class Lanczos {
   Tensor coupling_;               // b of every Ritz pair: H x = theta x + b q
   std::vector<double> residual_;  // |b|
   std::vector<Hypothesis> hypotheses_;
+
+  int64_t kept_ = 0;                                   // Ritz vectors in the first rows of V_, k or more
+  std::vector<std::pair<double, double>> kept_pairs_;  // their values and couplings
+  std::optional<Tensor> q_;                            // the residual direction that they share
+  double correction_ = 0;                              // the weight of q q^T beside H in the search
 
   std::vector<double> values_, residuals_;  // of the returned pairs
   std::vector<Interval> rest_;              // what else is known of the spectrum

@@ -32,6 +32,7 @@ class Config:
     epochs: int
     schedule: str
     milestones: tuple[float, ...]  # fractions of the epochs at which the step schedule divides lr by 10
+    threads: int  # of the CPU; the last bits of a result depend on it
     seed: int
     data: str | None
     device: str
@@ -50,6 +51,7 @@ class Config:
         _check_choice("schedule", self.schedule, SCHEDULES)
         for milestone in self.milestones:
             _check_number("milestones", milestone, above=True, below=1)
+        _check_integer("threads", self.threads, 1)
         _check_integer("seed", self.seed, 0)
         _check_device(self.device)
         if self.optimizer != "sam" and self.rho:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from samlite.checkpoints import load_weights, write_json
+from samlite.config import usable_device
 from samlite.hessian import Eigenvalues, Hessian, Progress
 
 SAMPLES = 8192  # measured by default, as sharpness changes little beyond them
@@ -32,82 +33,74 @@ class Subject:
     model: nn.Module
     loss: Any
     data: Any
-    samples: int | None  # measured; None where only the data know
+    samples: int | None  # measured; None where the data do not say
     available: int | None  # in the data
 
-    def hessian(self, **options: Any) -> Hessian:
-        return Hessian(self.model, self.loss, self.data, **options)
+    def hessian(self, dtype: str = "float32", **options: Any) -> Hessian:
+        """The Hessian in this type; the data follow the model."""
+        return Hessian(self.model.to(getattr(torch, dtype)), self.loss, self.data, **options)
 
 
-def run_subject(
-    folder: Path, samples: int | None = None, seed: int = 0, device: str | None = None
-) -> Subject:
-    """A finished run, measured on training samples drawn by the seed: all of them, up to 8,192 by default."""
+def run_subject(folder: Path, samples: int | None = None, device: str | None = None) -> Subject:
+    """A finished run with its training samples: all of them up to 8,192, or so many drawn by the run's seed."""
     from samlite.training import load_run
 
     run = load_run(folder, device)
-    inputs, targets = run.data.train.inputs, run.data.train.targets
-    count = min(len(inputs), SAMPLES if samples is None else samples)
-    if count < len(inputs):
-        rows = (
-            torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:count].sort().values
-        )
-        rows = rows.to(inputs.device)
-        return Subject(run.model, run.task.loss, (inputs[rows], targets[rows]), count, len(inputs))
-    return Subject(run.model, run.task.loss, (inputs, targets), count, count)
+    data = run.data.train
+    count = min(len(data), SAMPLES if samples is None else samples)
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(run.config.seed))[:count]
+    measured = data if count == len(data) else data[rows.sort().values.to(data.inputs.device)]
+    return Subject(run.model, run.task.loss, (measured.inputs, measured.targets), count, len(data))
 
 
 def checkpoint_subject(
-    path: Path, model: str, data: str, loss: str, samples: int | None = None, device: str | None = None
+    path: Path,
+    model: str,
+    data: str,
+    loss: str = "cross_entropy",
+    samples: int | None = None,
+    device: str | None = None,
 ) -> Subject:
     """Weights in a .pt, .pth or .safetensors file, in the module that ``pkg.mod:factory`` builds.
 
     Args:
-        model: names a function without arguments that returns the module, or the module itself.
+        model: names a module, or a function without arguments that returns one.
         data: names an (inputs, targets) pair, a re-iterable of batches, or a function that returns one.
         loss: ``cross_entropy``, ``mse``, or names a loss module or a function of (model, batch).
+        samples: so many rows of the pair, drawn at random but always the same.
     """
     module = _made(model, "--model")
     if not isinstance(module, nn.Module):
         raise ValueError(f"--model must name a torch.nn.Module or a function that returns one, got {model!r}")
     _load_into(module, load_weights(path), path)
-    batches = _made(data, "--data")
-    device = device or "cpu"
-    module.to(device)
+    module.to(usable_device(device or "cpu"))
     criterion = _LOSSES[loss]() if loss in _LOSSES else resolve(loss, "--loss")
-    pair = (
-        isinstance(batches, tuple) and len(batches) == 2 and all(isinstance(part, Tensor) for part in batches)
-    )
-    available = len(batches[0]) if pair else None
-    if samples is not None:
-        if not pair:
-            raise ValueError(
-                "--samples needs --data to name an (inputs, targets) pair of tensors; limit the batches themselves"
-            )
-        batches = (batches[0][:samples], batches[1][:samples])
-    return Subject(module, criterion, batches, len(batches[0]) if pair else None, available)
+    batches = _made(data, "--data")
+    if not (isinstance(batches, tuple) and all(isinstance(part, Tensor) for part in batches)):
+        if samples is not None:
+            raise ValueError("--samples needs --data to name a pair of tensors; limit the batches themselves")
+        return Subject(module, criterion, batches, None, None)
+    available = len(batches[0])
+    if samples is not None and samples < available:
+        rows = torch.randperm(available, generator=torch.Generator().manual_seed(0))[:samples].sort().values
+        batches = tuple(part[rows] for part in batches)
+    return Subject(module, criterion, batches, len(batches[0]), available)
 
 
-def measure_run(
-    folder: Path, k: int = 1, progress: Progress | None = None, device: str | None = None
-) -> Eigenvalues:
-    """Top eigenvalues of a finished run, written to its ``sharpness.json``."""
-    subject = run_subject(folder, device=device)
+def measure_run(folder: Path, k: int = 1, progress: Progress | None = None) -> Eigenvalues:
+    """The k largest eigenvalues of a finished run, kept in its ``sharpness.json``."""
+    subject = run_subject(folder)
     found = subject.hessian().eigenvalues(k, verify=True, progress=progress)
-    write_sharpness(folder, subject, "LA", found)
+    write_json(folder / "sharpness.json", as_record(subject, found))
     return found
 
 
-def write_sharpness(folder: Path, subject: Subject, which: str, found: Eigenvalues, **settings: Any) -> None:
-    """Keep a measurement with its run."""
-    write_json(folder / "sharpness.json", as_record(subject, which, found, **settings))
-
-
-def as_record(subject: Subject, which: str, found: Eigenvalues, **settings: Any) -> dict[str, Any]:
-    """A measurement as JSON: what was measured, the values and how far they can be trusted."""
+def as_record(subject: Subject, found: Eigenvalues, which: str = "LA", **settings: Any) -> dict[str, Any]:
+    """A measurement as JSON: what was measured, the values, and how far they can be trusted."""
     return {
         "samples": subject.samples,
         "available": subject.available,
+        "parameters": sum(p.numel() for p in subject.model.parameters()),
         "mode": "eval",
         "dtype": "float32",
         **settings,

@@ -1,23 +1,22 @@
 """Sharpness-aware minimization: step with the gradient found uphill.
 
-A step takes two gradients. The first, g at the weights w, gives a perturbation epsilon towards higher loss; the second
-is taken at w + epsilon, and with it the base optimizer steps from w.
+A step takes two gradients. The first, g at the weights w, gives a perturbation epsilon towards higher loss.
+The second is taken at w + epsilon, and with it the base optimizer steps from w.
 
     SAM                epsilon = rho g / ‖g‖             Foret et al. 2021, arXiv 2010.01412
     adaptive=True      epsilon = rho |w|² g / ‖|w| g‖    ASAM, Kwon et al. 2021, arXiv 2102.11600
-    normalize=False    the same without the division     Andriushchenko and Flammarion 2022, arXiv 2206.06232
+    normalize=False    the same without the division     Andriushchenko, Flammarion 2022, arXiv 2206.06232
 
-The norm runs over all parameters at once, in float32 or wider. Weight decay is the base optimizer's and has no part in
-epsilon. Where the base optimizer maximizes, epsilon points downhill.
+The norm runs over all parameters at once, in float32 or wider. Weight decay is the base optimizer's and has
+no part in epsilon. Where the base optimizer maximizes, epsilon points downhill.
 
-Limits: gradients must be dense. A weight in half precision cannot hold a perturbation below its rounding.
+Limits: gradients must be dense, and a half-precision weight loses a perturbation below its rounding.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +24,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 Closure = Callable[[], Tensor]
-# A parameter group, and those of its weights with their gradients that share a device and a dtype.
+# A parameter group, with its weights and their gradients that share one device and dtype.
 Bucket = tuple[dict[str, Any], list[Tensor], list[Tensor]]
+# A module that gets and sets a random state, the device it does so for if it has several, and the state.
+RandomState = tuple[Any, tuple[torch.device, ...], Tensor]
 
 
 class SAM(Optimizer):
@@ -43,16 +44,16 @@ class SAM(Optimizer):
 
         loss = optimizer.step(closure)
 
-    Parameter groups may set their own `rho`, `adaptive` and `normalize`. `param_groups` and `state` are the base
-    optimizer's own, so schedulers and checkpoints work as on any optimizer, and `rho=0` is the base optimizer bit for
-    bit. Only the first pass may change the buffers of `model`, such as batch-norm statistics; without `model` both
-    passes change them. A step whose first or second gradient is not finite leaves the weights and the state as they
-    were, and adds one to `skipped`.
+    `param_groups` and `state` are the base optimizer's own, so schedulers and checkpoints work as on any
+    optimizer. A group may set its own `rho`, `adaptive` and `normalize`. Only the first pass may change the
+    buffers of `model`, such as batch-norm statistics; without `model` both passes change them. A step whose
+    first or second gradient is not finite leaves weights and state as they were, and adds one to `skipped`.
+    With `rho=0` in every group this is the base optimizer, bit for bit and in one pass.
     """
 
     skipped = 0
-    # Between first_step and second_step: perturbed weights, and their values before.
-    _saved: list[tuple[list[Tensor], list[Tensor]]] | None = None
+    _saved: list[tuple[list[Tensor], tuple[Tensor, ...]]] | None = None  # perturbed weights, their old values
+    _first_norm: Tensor
 
     def __init__(
         self,
@@ -66,19 +67,18 @@ class SAM(Optimizer):
         **base_kwargs: Any,
     ) -> None:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
-            raise ValueError(
-                f"base_optimizer must be an optimizer class, got {base_optimizer!r}; "
-                "pass a class such as torch.optim.SGD, and its arguments as keywords"
-            )
-        if model is not None and not isinstance(model, nn.Module):
-            raise ValueError(f"model must be a torch.nn.Module, got {model!r}; omit it to let both passes change buffers")
+            kind = type(base_optimizer).__name__
+            raise ValueError(f"base_optimizer must be an optimizer class, got a {kind}; pass torch.optim.SGD")
         name = base_optimizer.__name__
         if issubclass(base_optimizer, torch.optim.LBFGS):
             raise ValueError(f"base_optimizer must step without a closure, got {name}; use SGD or Adam")
+        if not (model is None or isinstance(model, nn.Module)):
+            kind = type(model).__name__
+            raise ValueError(f"model must be a torch.nn.Module, got a {kind}; pass the network itself")
         base = base_optimizer(params, **base_kwargs)
         own = {"rho": rho, "adaptive": adaptive, "normalize": normalize}
         if clash := sorted(own.keys() & base.defaults.keys()):
-            raise ValueError(f"base_optimizer must not have a {clash[0]} of its own, got {name}; use SGD or Adam")
+            raise ValueError(f"base_optimizer must not have a {clash[0]}, got {name}; use SGD or Adam")
         super().__init__(base.param_groups, {**base.defaults, **own})
         self.base_optimizer = base
         self.model = model
@@ -88,34 +88,34 @@ class SAM(Optimizer):
         """Add a group, as on any optimizer; it may set its own rho, adaptive and normalize."""
         rho = param_group.get("rho", self.defaults["rho"])
         if not (isinstance(rho, (int, float)) and 0 <= rho < math.inf):
-            raise ValueError(f"rho must be a finite number >= 0, got {rho!r}; use rho=0 for the base optimizer")
+            raise ValueError(f"rho must be >= 0 and finite, got {rho!r}; use rho=0 for the base optimizer")
         super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Closure | Sequence[Closure] | None = None) -> Tensor:  # type: ignore[override]
         """Run both passes, step, and return the loss of the first.
 
-        A closure runs forward and backward on one batch and returns its loss. Gradients are zeroed before each pass.
-        A list of closures is one batch in micro-batches of equal weight: gradients and losses are averaged, and a
-        closure must not zero the gradients. The second pass replays the state of torch's default random generators; an
-        exception in it restores the weights.
+        A closure runs forward and backward on one batch and returns its loss. The gradients are zeroed before
+        each pass; a lone closure may do so too. A list of closures is one batch in micro-batches of equal
+        weight: losses and gradients are averaged over it. The second pass replays the state of torch's
+        default random generators; an exception in it restores the weights.
         """
-        closures = closure if isinstance(closure, Sequence) else [closure]
-        if not closures or not all(map(callable, closures)):
+        closures: Sequence[Any] = closure if isinstance(closure, Sequence) else [closure]
+        if not (closures and all(callable(c) for c in closures)):
             raise ValueError(
-                f"closure must be a function that runs backward and returns the loss, or a list of them, got {closure!r}; "
-                "to run both passes yourself, call first_step and second_step"
+                "closure must be a function that runs backward and returns the loss, or a list of them, "
+                f"got {type(closure).__name__}; to run the passes yourself use first_step and second_step"
             )
-        random_state = self._random_state()
+        start = self._random_state()
         loss = self._run(closures)
         if not any(group["rho"] for group in self.param_groups):
             self.base_optimizer.step()
             return loss
         try:
-            self._perturb(self._gradients())
-            with self._second_pass(random_state):
+            self.first_step()
+            with self._second_pass(start):
                 self._run(closures)
-            self._descend()
+            self.second_step()
         except BaseException:  # Ctrl-C too
             self._restore()
             raise
@@ -125,8 +125,10 @@ class SAM(Optimizer):
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturb the weights by the gradients of a first pass, which are used up.
 
-        Random state and buffers are the caller's to keep.
+        Until `second_step`, random state and buffers are in the caller's hands.
         """
+        if self._saved is not None:
+            raise RuntimeError("first_step was called twice; call second_step, or zero_grad and second_step")
         self._perturb(self._gradients())
         if zero_grad:
             self.zero_grad()
@@ -134,96 +136,123 @@ class SAM(Optimizer):
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights, and step with the gradients of a second pass."""
-        self._descend()
+        if self._saved is None:
+            raise RuntimeError("second_step was called before first_step; call first_step between the passes")
+        self._restore()
+        norm = _norm(self._gradients())
+        # The one wait for the device in a step, hence after both passes. It cannot be left to the device: the
+        # base optimizer keeps part of its state on the host.
+        if math.isfinite(norm + self._first_norm.to(norm.device)):
+            self.base_optimizer.step()
+        else:
+            self.skipped += 1
+        self._opt_called = True  # a scheduler warns if no step came before its own
         if zero_grad:
             self.zero_grad()
 
     def _run(self, closures: Sequence[Closure]) -> Tensor:
-        """One pass: the mean gradient in `.grad`, the mean loss returned."""
-        for group in self.param_groups:
-            for weight in group["params"]:
-                weight.grad = None
+        """One pass: leave the mean gradient in `.grad`, return the mean loss."""
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        for weight in weights:  # as zero_grad(), which takes longer to report itself to the profiler
+            weight.grad = None
         with torch.enable_grad():
             losses = [closure() for closure in closures]
-        if any(loss is None for loss in losses): raise
+        for loss in losses:
+            if not isinstance(loss, Tensor):
+                raise ValueError(f"closure must return its loss, a tensor, got {type(loss).__name__}")
         if len(losses) == 1:
-            return losses[0]
-        torch._foreach_div_([w.grad for group in self.param_groups for w in group["params"] if w.grad is not None], len(losses))
-        return sum(losses) / len(losses)
+            return losses[0].detach()
+        grads = [weight.grad for weight in weights if weight.grad is not None]
+        if grads:
+            torch._foreach_div_(grads, len(losses))
+        return torch.stack(losses).mean()
 
     def _gradients(self) -> list[Bucket]:
-        buckets = []
+        """The weights that have a gradient, with it in float32 or wider."""
+        buckets: list[Bucket] = []
         for group in self.param_groups:
-            kinds = defaultdict(lambda: ([], []))
+            kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
             for weight in group["params"]:
                 grad = weight.grad
                 if grad is None:
                     continue
                 if grad.layout != torch.strided:
-                    raise ValueError(f"gradients must be dense, got {grad.layout}; use sparse=False in the embedding")
+                    raise ValueError(f"gradients must be dense, got {grad.layout}; use sparse=False")
                 weights, grads = kinds[weight.device, weight.dtype]
                 weights.append(weight)
                 grads.append(grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad)
-            buckets += [(group, *lists) for lists in kinds.values()]
+            buckets += [(group, weights, grads) for weights, grads in kinds.values()]
         return buckets
 
     def _perturb(self, buckets: list[Bucket]) -> None:
+        """Save the weights and add epsilon to them, turning the gradients into its direction in place."""
         for group, weights, grads in buckets:
             if group["adaptive"]:
                 torch._foreach_mul_(grads, torch._foreach_abs(weights))
-        self._first_norm = norm = _norm(buckets)
+        norm = self._first_norm = _norm(buckets)
+        inverse = norm.clamp_min(torch.finfo(norm.dtype).tiny).reciprocal()  # a zero gradient stays zero
         self._saved = [(weights, torch._foreach_clone(weights)) for _, weights, _ in buckets]
-        inverse = norm.clamp_min(torch.finfo(norm.dtype).tiny).reciprocal()
         for group, weights, grads in buckets:
             if group["adaptive"]:
                 torch._foreach_mul_(grads, torch._foreach_abs(weights))
             if group["normalize"]:
                 torch._foreach_mul_(grads, inverse.to(weights[0].device))
-            torch._foreach_add_(weights, grads, alpha=-group["rho"] if group.get("maximize") else group["rho"])
+            sign = -1 if group.get("maximize") else 1
+            torch._foreach_add_(weights, grads, alpha=sign * group["rho"])
 
     def _restore(self) -> None:
+        """Copy the saved weights back, in place: subtracting epsilon would round."""
         for weights, values in self._saved or []:
             torch._foreach_copy_(weights, values)
         self._saved = None
 
-    def _descend(self):
-        self._restore()
-        norm = _norm(self._gradients())
-        if math.isfinite(norm + self._first_norm.to(norm.device)):
-            self.base_optimizer.step()
-        else:
-            self.skipped += 1
-        self._opt_called = True
-
-    def _random_state(self):
-        devices = {w.device for group in self.param_groups for w in group["params"]}
-        states = [(torch.set_rng_state, torch.get_rng_state())]
-        for device in devices:
+    def _random_state(self) -> list[RandomState]:
+        """The state of torch's default generators, on the CPU and on the devices of the weights."""
+        generators: list[tuple[Any, tuple[torch.device, ...]]] = [(torch, ())]
+        for device in {weight.device for group in self.param_groups for weight in group["params"]}:
             if device.type != "cpu":
-                module = torch.get_device_module(device)
-                states.append((partial(module.set_rng_state, device=device), module.get_rng_state(device)))
-        return states
+                where = () if device.type == "mps" else (device,)
+                generators.append((torch.get_device_module(device), where))
+        return [(module, where, module.get_rng_state(*where)) for module, where in generators]
 
     @contextmanager
-    def _second_pass(self, start):
+    def _second_pass(self, start: list[RandomState]) -> Iterator[None]:
+        """Replay the random state; in the end, leave it and the buffers as the first pass did."""
         end = self._random_state()
-        kept = [] if self.model is None else [(m._buffers, dict(m._buffers)) for m in self.model.modules() if m._buffers]
-        tensors = [b for _, buffers in kept for b in buffers.values() if b is not None]
-        values = [t.clone() for t in tensors]
-        for set_state, state in start:
-            set_state(state)
+        buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in (self.model.modules() if self.model is not None else ())
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        for generator, where, state in start:
+            generator.set_rng_state(state, *where)
         try:
             yield
         finally:
-            for set_state, state in end:
-                set_state(state)
-            for live, buffers in kept:
-                live.update(buffers)
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
+            for generator, where, state in end:
+                generator.set_rng_state(state, *where)
+            for module, name, buffer, value in buffers:
+                setattr(module, name, buffer)  # a module may have put another tensor there
+                buffer.copy_(value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"base_optimizer": self.base_optimizer, "model": self.model, "skipped": self.skipped}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a loaded or unpickled state, and share it with the base optimizer again."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name in ("rho", "adaptive", "normalize"):  # not in a checkpoint of the base optimizer alone
+                group.setdefault(name, self.defaults[name])
+        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
 
 
-def _norm(buckets):
-    norms = [n for _, _, grads in buckets for n in torch._foreach_norm(grads)]
-    if len(buckets) > 1: norms = [n.to(norms[0].device) for n in norms]
-    return torch.linalg.vector_norm(torch.stack(norms))
+def _norm(buckets: list[Bucket]) -> Tensor:
+    """The Euclidean norm of all gradients together."""
+    norms = [norm for _, _, grads in buckets for norm in torch._foreach_norm(grads)]
+    if not norms:
+        return torch.zeros(())
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return total

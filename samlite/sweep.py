@@ -1,11 +1,10 @@
 """A grid of runs: widths, optimizers, seeds and rhos, each cell in a process of its own.
 
 A cell is `samlite train` in a subfolder, so it resumes where it was stopped, and one that crashes
-takes nothing else with it. Every cell computes with one thread (with OMP_NUM_THREADS, if that is
-set), so that results do not depend on how many cells run at once.
+takes nothing else with it. Each computes with the threads of its config, however many cells run at
+once, so that results do not depend on that.
 """
 
-import os
 import signal
 import subprocess
 import sys
@@ -151,13 +150,13 @@ def _record(folder: Path, cells: Sequence[Config]) -> None:
 
 def _differences(old: Config, new: Config) -> str:
     """What two cells of one sweep must have in common, but do not."""
-    shared = ["task", "weight_decay", "batch_size", "epochs", "schedule", "milestones", "data", "device"]
-    if old.base == new.base:
-        shared += ["lr", "momentum"]
+    own = {"width", "optimizer", "base", "rho", "seed"}
+    if old.base != new.base:
+        own |= {"lr", "momentum"}
     return "; ".join(
         f"{name} {getattr(old, name)} there, {getattr(new, name)} now"
-        for name in shared
-        if getattr(old, name) != getattr(new, name)
+        for name in old.to_json()
+        if name not in own and getattr(old, name) != getattr(new, name)
     )
 
 
@@ -181,7 +180,6 @@ class _Process:
         child = subprocess.Popen(
             command,
             cwd=folder,  # also keeps a source tree in the current folder off the path
-            env={"OMP_NUM_THREADS": "1", **os.environ},
             stdin=subprocess.PIPE,  # closes with this process, however it ends, and takes the cell with it
             stdout=subprocess.DEVNULL,
             stderr=errors,

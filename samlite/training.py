@@ -1,14 +1,15 @@
 """Training: one loop for every task and optimizer, resumed exactly where it was stopped.
 
 Runs are paired by their seed: the same seed and width give the same initial weights, the same splits
-and the same order of batches to every optimizer. On a CPU with the same number of threads a run
-repeats bit for bit, whether or not it was interrupted.
+and the same order of batches to every optimizer. On one kind of CPU a run repeats bit for bit, whether or not
+it was interrupted.
 """
 
 import math
 import platform
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def train(config: Config, out: Path, resume: bool = True) -> Iterator[EpochRecor
         TrainingError: the loss is no longer finite. The last checkpoint before that is kept.
         BlockingIOError: another process trains in this folder.
     """
-    with locked(out):
+    with locked(out), _threads(config.threads):
         _check_folder(out, config, resume)
         if (out / "result.json").exists():
             return
@@ -245,9 +246,18 @@ def _restore(
         raise ValueError(f"{path} is not a checkpoint of this run; delete it to start afresh") from error
 
 
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _environment() -> dict[str, Any]:
     return {
-        "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "versions": {
             "samlite": samlite.__version__,

@@ -79,6 +79,7 @@ class Recipe:
     rho: float = 0.05
     schedule: Literal["step", "cosine", "constant"] = "step"
     milestones: tuple[float, ...] = (0.5, 0.75)  # fractions of the epochs after which step divides lr by 10
+    threads: int = 1  # of the CPU: for small networks more gain nothing, and lose much on a busy machine
 
 
 @dataclass(frozen=True)
