@@ -39,7 +39,7 @@ def progress() -> Iterator[Progress]:
 def table(title: str, *columns: str) -> Table:
     """An empty table in the house style; a column whose name starts with ">" is aligned right."""
     result = Table(
-        title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+        title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 0, 0, 1)
     )
     for name in columns:
         side: JustifyMethod = "right" if name.startswith(">") else "left"

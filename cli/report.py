@@ -49,14 +49,13 @@ def present(folder: Path, as_json: bool, figure: Path | None = None) -> None:
 def _show(found: "Report") -> None:
     percent = found.metric == "accuracy"
     scale = 100 if percent else 1
-    unit = " %" if percent else ""
     view = table(
-        found.task,
+        f"{found.task}: final test {found.metric} by width",
         ">width",
-        ">parameters",
+        ">params",
         "optimizer",
-        ">runs",
-        f">test {found.metric}{unit}",
+        ">n",
+        f">{found.metric}{' %' if percent else ''}",
         ">improvement",
         ">λ_max",
     )

@@ -34,9 +34,7 @@ from samlite.cli.options import existing, json_option
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
 @click.option("--device", help="cpu, cuda, cuda:1, mps; default that of the run, else cpu.")
 @click.option("--samples", type=int, help="How many samples to measure on; of a run at most 8192 by default.")
-@click.option(
-    "--memory", metavar="SIZE", help="Bound of the kept graphs, such as 2GB; default half of what is free."
-)
+@click.option("--memory", metavar="SIZE", help="Bound of the kept graphs, such as 2GB; default half of what is free.")
 @click.option("--model", metavar="PKG.MOD:FACTORY", help="For a checkpoint: what builds its module.")
 @click.option("--data", metavar="PKG.MOD:BATCHES", help="For a checkpoint: (inputs, targets), or batches.")
 @click.option(
@@ -44,9 +42,7 @@ from samlite.cli.options import existing, json_option
     metavar="LOSS",
     help="For a checkpoint: cross_entropy (the default), mse, or pkg.mod:fn of (model, batch).",
 )
-@click.option(
-    "--save-vectors", type=click.Path(path_type=Path), help="Write the eigenvectors (.safetensors)."
-)
+@click.option("--save-vectors", type=click.Path(path_type=Path), help="Write the eigenvectors (.safetensors).")
 @json_option
 def sharpness(
     source: Path,
@@ -87,9 +83,7 @@ def sharpness(
     if source.is_dir():
         foreign = [name for name, value in (("--model", model), ("--data", data), ("--loss", loss)) if value]
         if foreign:
-            raise ValueError(
-                f"{foreign[0]} must go with a checkpoint file, got the folder {source}; leave it out"
-            )
+            raise ValueError(f"{foreign[0]} must go with a checkpoint file, got the folder {source}; leave it out")
         subject = run_subject(source, samples, device)
     else:
         if not (model and data):
@@ -121,9 +115,7 @@ def sharpness(
     else:
         _show(source, record, found)
     if not found.converged:
-        raise RuntimeError(
-            f"not all of the {top} values are as exact as --tol {tol:g} asks; {_advice(dtype)}"
-        )
+        raise RuntimeError(f"not all of the {top} values are as exact as --tol {tol:g} asks; {_advice(dtype)}")
     if found.complete is False:
         raise RuntimeError("the search for missed eigenvalues did not finish; ask for fewer with --top")
 

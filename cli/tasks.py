@@ -32,10 +32,10 @@ def tasks(task: str | None, as_json: bool) -> None:
     elif task:
         _show(shown[0])
     else:
-        view = table("", "task", "what", "network", "test metric", ">parameters")
+        view = table("", "task", "what", "network", "metric", ">parameters")
         for each in shown:
-            counts = [count for count in _parameters(each).values()]
-            view.add_row(each.name, each.summary, each.network, each.metric, f"{counts[0]} – {counts[-1]}")
+            counts = list(_parameters(each).values())
+            view.add_row(each.name, each.summary, each.network, each.metric, f"{counts[0]} to {counts[-1]}")
         stdout.print(view)
 
 

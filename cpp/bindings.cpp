@@ -30,8 +30,7 @@ Which parse_which(const std::string& which) {
 Eigenpairs eigenpairs(const MatVec& apply, const Tensor& like, int64_t p, Options options, const std::string& which,
                       const std::string& method) {
   options.which = parse_which(which);
-  TORCH_CHECK_VALUE(options.k >= 1 && options.k <= p, "k must be between 1 and the dimension ", p, ", got ",
-                    options.k);
+  TORCH_CHECK_VALUE(options.k >= 1 && options.k <= p, "k must be between 1 and the dimension ", p, ", got ", options.k);
   const c10::AutoGradMode no_grad(false);
   if (method == "power") return power_iteration(apply, like, p, options);
   TORCH_CHECK_VALUE(method == "lanczos", "method must be lanczos or power, got ", method);
@@ -44,8 +43,8 @@ Eigenpairs of_hessian(const std::shared_ptr<Hessian>& hessian, Options options, 
   return eigenpairs(apply, hessian->params().at(0), hessian->numel(), options, which, method);
 }
 
-Eigenpairs of_callable(const MatVec& function, const Tensor& like, int64_t p, Options options,
-                       const std::string& which, const std::string& method) {
+Eigenpairs of_callable(const MatVec& function, const Tensor& like, int64_t p, Options options, const std::string& which,
+                       const std::string& method) {
   const auto apply = [&](const Tensor& v) {
     check_signals();
     return function(v);
@@ -54,8 +53,7 @@ Eigenpairs of_callable(const MatVec& function, const Tensor& like, int64_t p, Op
 }
 
 std::shared_ptr<Hessian> make_hessian(std::vector<Tensor> params, std::function<void(int64_t)> rewind,
-                                      std::function<std::optional<std::tuple<Tensor, double>>()> next,
-                                      int64_t memory) {
+                                      std::function<std::optional<std::tuple<Tensor, double>>()> next, int64_t memory) {
   return std::make_shared<Hessian>(std::move(params), Losses{std::move(rewind), std::move(next)}, memory,
                                    check_signals);
 }
@@ -66,12 +64,12 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Eigen-solvers and Hessian-vector products on libtorch.";
 
   py::class_<Options>(m, "Options")
-      .def(py::init([](int64_t k, double tol, bool verify, bool separated, int64_t basis, int64_t max_matvecs, uint64_t seed,
-                       std::optional<Tensor> start, std::function<void(int64_t, double)> progress) {
+      .def(py::init([](int64_t k, double tol, bool verify, bool separated, int64_t basis, int64_t max_matvecs,
+                       uint64_t seed, std::optional<Tensor> start, std::function<void(int64_t, double)> progress) {
              return Options{k, Which::LA, tol, verify, separated, basis, max_matvecs, seed, start, progress};
            }),
            py::kw_only(), py::arg("k") = 1, py::arg("tol") = 1e-3, py::arg("verify") = false,
-           py::arg("separated") = true,           py::arg("basis") = 100, py::arg("max_matvecs") = 1000, py::arg("seed") = 0,
+           py::arg("separated") = true, py::arg("basis") = 100, py::arg("max_matvecs") = 1000, py::arg("seed") = 0,
            py::arg("start") = py::none(), py::arg("progress") = py::none());
 
   py::class_<Eigenpairs>(m, "Eigenpairs")

@@ -9,9 +9,9 @@ namespace samlite {
 
 namespace {
 
-// Bytes allocated while it is active, as torch's allocators report them: what is left when a graph has been built is
-// the graph, and the peak above it is what building and using it takes for a moment. The channel is the memory
-// profiler's, so while somebody else listens nothing is known.
+// Bytes allocated while it is active, as torch's allocators report them: what is left when a graph has been
+// built is the graph, and the peak above it is what building and using it takes for a moment. The channel is
+// the memory profiler's, so while somebody else listens nothing is known.
 class AllocationCounter {
  public:
   AllocationCounter() {
@@ -136,8 +136,8 @@ Tensor Hessian::apply(const Tensor& v) {
       ++batch;
       check_signals_();
     }
-    TORCH_CHECK_VALUE(passes_ == 0 || batch == batches(), "data must give the same batches at every pass, got ",
-                      batch, " after ", batches(), " in the first");
+    TORCH_CHECK_VALUE(passes_ == 0 || batch == batches(), "data must give the same batches at every pass, got ", batch,
+                      " after ", batches(), " in the first");
     TORCH_CHECK_VALUE(batch > 0, "data must hold at least one batch, got none");
     TORCH_CHECK_VALUE(weight_ > 0, "the weights of all batches must sum to more than 0, got ", weight_);
     ++passes_;

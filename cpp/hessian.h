@@ -1,4 +1,5 @@
-// The product H v of the mean loss over a data set, by double backward through graphs that are kept while they fit.
+// The product H v of the mean loss over a data set, by double backward through graphs that are kept while
+// they fit.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -12,8 +13,8 @@ namespace samlite {
 
 using at::Tensor;
 
-// The data set as a stream of losses with a graph: `rewind(i)` goes to batch i, `next()` gives (the sum over the
-// batch's samples of their loss, the number or weight of its samples), or nothing behind the last batch.
+// The data set as a stream of losses with a graph: `rewind(i)` goes to batch i, `next()` gives (the sum over
+// the batch's samples of their loss, the number or weight of its samples), or nothing behind the last batch.
 struct Losses {
   std::function<void(int64_t)> rewind;
   std::function<std::optional<std::tuple<Tensor, double>>()> next;

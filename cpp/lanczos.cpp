@@ -9,7 +9,8 @@ namespace samlite {
 
 namespace {
 
-// With this probability at most, over the random start, `complete` is stated although an eigenvalue was missed.
+// With this probability at most, over the random start, `complete` is stated although an eigenvalue was
+// missed.
 constexpr double kMissProbability = 1e-3;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -34,8 +35,7 @@ Tensor to_tensor(const std::vector<double>& values, const at::TensorOptions& opt
   return at::tensor(values, at::kDouble).to(options);
 }
 
-std::vector<Interval> intervals(const std::vector<double>& values, const std::vector<double>& residuals,
-                                size_t from) {
+std::vector<Interval> intervals(const std::vector<double>& values, const std::vector<double>& residuals, size_t from) {
   std::vector<Interval> result;
   for (size_t i = from; i < residuals.size(); ++i) result.push_back({values[i], residuals[i]});
   return result;
@@ -164,13 +164,13 @@ void Lanczos::look() {
   residual_ = to_vector(coupling_.abs());
 }
 
-// Keeps the best Ritz pairs and the residual direction q: H X^T = X^T Theta + q b^T is again of the Lanczos form.
+// Keeps the best Ritz pairs and the residual direction q: H X^T = X^T Theta + q b^T is again of the Lanczos
+// form.
 void Lanczos::restart(int64_t keep) {
   const Tensor S = ritz_.vectors.narrow(1, 0, keep);
   rotate(V_.narrow(0, locked_, size_), S);
   V_[locked_ + keep].copy_(V_[locked_ + size_]);
-  const Tensor coupling =
-      coefficients_.narrow(0, 0, locked_).narrow(1, locked_, size_).mm(S);  // (locked, keep)
+  const Tensor coupling = coefficients_.narrow(0, 0, locked_).narrow(1, locked_, size_).mm(S);  // (locked, keep)
   H_.narrow(1, locked_, rows_ - locked_).zero_();
   H_.narrow(0, 0, locked_).narrow(1, locked_, keep).copy_(coupling);
   H_.diagonal().narrow(0, locked_, keep).copy_(to_tensor(head(ritz_.values, keep), H_.options()));
@@ -183,8 +183,9 @@ void Lanczos::restart(int64_t keep) {
   size_ = looked_ = keep;
 }
 
-// Steps until distance() <= 0: the logarithm of how far the wanted quantity is from what is asked. Looks are spaced
-// by its rate of decrease, so that few steps are wasted and few looks are needed. False where products ran out.
+// Steps until distance() <= 0: the logarithm of how far the wanted quantity is from what is asked. Looks are
+// spaced by its rate of decrease, so that few steps are wasted and few looks are needed. False where products
+// ran out.
 template <class Distance>
 bool Lanczos::extend(int64_t wanted, int64_t first_look, Distance distance) {
   double before = kInfinity;
@@ -204,14 +205,16 @@ bool Lanczos::extend(int64_t wanted, int64_t first_look, Distance distance) {
   }
 }
 
-// ------------------------------------------------------------------------------------------------- the stages
+// ------------------------------------------------------------------------------------------------- the
+// stages
 
 std::vector<double> Lanczos::bounds(const std::vector<double>& values, const std::vector<double>& residuals,
                                     const std::vector<Interval>& rest) const {
   return error_bounds(values, residuals, options_.separated ? rest : std::vector<Interval>{}, rounding());
 }
 
-// Errors near the rounding of H v cannot be made smaller: then stop, and let `converged` say what was reached.
+// Errors near the rounding of H v cannot be made smaller: then stop, and let `converged` say what was
+// reached.
 double Lanczos::distance(const std::vector<double>& values, const std::vector<double>& residuals,
                          const std::vector<Interval>& rest) const {
   const auto errors = bounds(values, residuals, rest);
@@ -241,9 +244,10 @@ void Lanczos::krylov() {
   if (!whole) certify();
 }
 
-// One product for all k pairs: with random signs c, H X^T c - X^T (theta c) - q (b . c) has the mean square norm
-// (1/k) sum |H x_i - theta_i x_i - b_i q|^2, which is rounding unless orthogonality was lost or H is not one
-// symmetric matrix. It enters the residuals; where the pairs do not stand it, each residual is computed by itself.
+// One product for all k pairs: with random signs c, H X^T c - X^T (theta c) - q (b . c) has the mean square
+// norm (1/k) sum |H x_i - theta_i x_i - b_i q|^2, which is rounding unless orthogonality was lost or H is not
+// one symmetric matrix. It enters the residuals; where the pairs do not stand it, each residual is computed
+// by itself.
 void Lanczos::certify() {
   const int64_t k = options_.k;
   const Tensor X = V_.narrow(0, 0, k);
@@ -270,11 +274,12 @@ double Lanczos::Hypothesis::growth() const {
   return std::sqrt(square);
 }
 
-// Searches the complement of the first `locked` rows for an eigenvalue beyond the bar, from a fresh random start v_0.
-// If u is an eigenvector there with eigenvalue mu, the recurrence fixes all its coordinates up to c = u . v_0, and as
-// their squares sum to at most 1, |c| <= 1/growth(mu). For a random start that has a probability of at most
-// sqrt(2p/pi)/growth; growth rises with mu, so the bar itself is the worst case. A few products suffice where the
-// rest of the spectrum lies well below; where it touches the bar, as many as resolve it.
+// Searches the complement of the first `locked` rows for an eigenvalue beyond the bar, from a fresh random
+// start v_0. If u is an eigenvector there with eigenvalue mu, the recurrence fixes all its coordinates up to
+// c = u . v_0, and as their squares sum to at most 1, |c| <= 1/growth(mu). For a random start that has a
+// probability of at most sqrt(2p/pi)/growth; growth rises with mu, so the bar itself is the worst case. A few
+// products suffice where the rest of the spectrum lies well below; where it touches the bar, as many as
+// resolve it.
 Lanczos::Verdict Lanczos::probe(int64_t locked, double bar) {
   const double needed = std::sqrt(2 * static_cast<double>(p_) / M_PI) / kMissProbability;
   locked_ = locked;
@@ -305,10 +310,11 @@ double Lanczos::bar() const {
   return rank(last, options_.which) + std::max(error, options_.tol * std::abs(last)) + 2 * rounding();
 }
 
-// Whether the complement of all kept Ritz vectors X is clear, which takes about half the products of the complement of
-// the first k, as the values next to the k-th are out of the way. With H X^T = X^T Theta + q b^T, the eigenvalues of H
-// beyond mu number those of Theta plus those of the Schur complement P H P + q b^T (mu - Theta)^{-1} b q^T
-// (Sylvester's law of inertia): one rank-one term accounts for X being no exact invariant subspace.
+// Whether the complement of all kept Ritz vectors X is clear, which takes about half the products of the
+// complement of the first k, as the values next to the k-th are out of the way. With H X^T = X^T Theta + q
+// b^T, the eigenvalues of H beyond mu number those of Theta plus those of the Schur complement P H P + q b^T
+// (mu - Theta)^{-1} b q^T (Sylvester's law of inertia): one rank-one term accounts for X being no exact
+// invariant subspace.
 Lanczos::Verdict Lanczos::probe_beyond_kept() {
   if (kept_ <= options_.k || options_.which == Which::LM) return Verdict::undecided;
   const double limit = bar(), mu = options_.which == Which::LA ? limit : -limit;
@@ -348,8 +354,9 @@ void Lanczos::search() {
   }
 }
 
-// Adds the pair that the search found: it is an eigenvector of H to within its residual and its coupling to the
-// others. Where a neighbour now lies so close that a bound fails (a cluster), the pairs are refined together.
+// Adds the pair that the search found: it is an eigenvector of H to within its residual and its coupling to
+// the others. Where a neighbour now lies so close that a bound fails (a cluster), the pairs are refined
+// together.
 void Lanczos::merge() {
   const int64_t k = options_.k;
   const double value = ritz_.values[0];
@@ -374,8 +381,8 @@ void Lanczos::merge() {
   if (distance(values_, residuals_, rest_) > 0) refine(k + 1);
 }
 
-// Rayleigh-Ritz on the first `count` rows of V_, then expansion by the residual of the worst pair, with W = H V
-// held beside V, until the bounds hold. Residuals are exact here, so no certificate is needed.
+// Rayleigh-Ritz on the first `count` rows of V_, then expansion by the residual of the worst pair, with W = H
+// V held beside V, until the bounds hold. Residuals are exact here, so no certificate is needed.
 void Lanczos::refine(int64_t count) {
   const int64_t k = options_.k, capacity = rows_ / 2;
   const Tensor V = V_.narrow(0, 0, capacity), W = V_.narrow(0, capacity, capacity);
@@ -388,8 +395,8 @@ void Lanczos::refine(int64_t count) {
     ritz_ = ritz(V.narrow(0, 0, size_).mm(W.narrow(0, 0, size_).t()).to(at::kCPU, at::kDouble), options_.which);
     residual_ = residual_norms(V, W, ritz_, std::min(k + 1, size_));
     norm_ = std::max(norm_, std::hypot(std::abs(ritz_.values[0]), residual_[0]));
-    TORCH_CHECK_VALUE(std::isfinite(norm_), "the product H v must be finite, got nan or inf in one of ",
-                      apply_.count(), " products; check the weights, the loss and the data");
+    TORCH_CHECK_VALUE(std::isfinite(norm_), "the product H v must be finite, got nan or inf in one of ", apply_.count(),
+                      " products; check the weights, the loss and the data");
     values_ = head(ritz_.values, k);
     residuals_ = head(residual_, k);
     rest_ = intervals(ritz_.values, residual_, k);
@@ -422,16 +429,15 @@ void Lanczos::refine(int64_t count) {
 }
 
 // |W^T s_i - theta_i V^T s_i| of the first `count` Ritz pairs, in blocks of columns.
-std::vector<double> Lanczos::residual_norms(const Tensor& V, const Tensor& W, const Ritz& pairs,
-                                            int64_t count) const {
+std::vector<double> Lanczos::residual_norms(const Tensor& V, const Tensor& W, const Ritz& pairs, int64_t count) const {
   const int64_t n = pairs.vectors.size(0);
   const Tensor S = pairs.vectors.narrow(1, 0, count).t().to(V.options()).contiguous();
   const Tensor theta = to_tensor(head(pairs.values, count), V.options()).unsqueeze(1);
   Tensor square = at::zeros({count}, H_.options());
   for (int64_t c = 0; c < p_; c += kColumns) {
     const int64_t width = std::min(kColumns, p_ - c);
-    const Tensor R = S.mm(W.narrow(0, 0, n).narrow(1, c, width))
-                         .sub_(S.mm(V.narrow(0, 0, n).narrow(1, c, width)).mul_(theta));
+    const Tensor R =
+        S.mm(W.narrow(0, 0, n).narrow(1, c, width)).sub_(S.mm(V.narrow(0, 0, n).narrow(1, c, width)).mul_(theta));
     square.add_(R.square_().sum(1));
   }
   return to_vector(square.sqrt_());

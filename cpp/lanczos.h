@@ -1,8 +1,9 @@
 // Thick-restart Lanczos for a few eigenpairs of a matrix-free symmetric operator.
 //
-// Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems" (SIAM J. Matrix Anal., 2000),
-// with two-pass reorthogonalisation at every step, a certificate for the returned pairs, and a search for
-// eigenvalues that a single Krylov space cannot hold. Knows no network: H is anything that multiplies a vector.
+// Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems" (SIAM J. Matrix Anal.,
+// 2000), with two-pass reorthogonalisation at every step, a certificate for the returned pairs, and a search
+// for eigenvalues that a single Krylov space cannot hold. Knows no network: H is anything that multiplies a
+// vector.
 #pragma once
 
 #include "ritz.h"

@@ -23,11 +23,10 @@ struct Vector {
   double value, residual;
 };
 
-// v <- (H + shift) v in the complement of X, until |H v - theta v| there is at most allowed(theta) or products run
-// out. The residual that is returned counts the directions of X too.
+// v <- (H + shift) v in the complement of X, until |H v - theta v| there is at most allowed(theta) or
+// products run out. The residual that is returned counts the directions of X too.
 template <class Allowed>
-Vector iterate(CountedMatVec& apply, Tensor v, const Tensor& X, double shift, const Options& options,
-               Allowed allowed) {
+Vector iterate(CountedMatVec& apply, Tensor v, const Tensor& X, double shift, const Options& options, Allowed allowed) {
   orthonormalise(v, X);
   while (true) {
     Tensor w, theta, r;
@@ -69,14 +68,12 @@ double estimate_norm(CountedMatVec& apply, Tensor v) {
 
 }  // namespace
 
-// For LA and SA the operator is shifted by its norm, so that the wanted end is also the largest in magnitude; without
-// the shift, power iteration returns whichever end is. Pairs found are removed after every product.
+// For LA and SA the operator is shifted by its norm, so that the wanted end is also the largest in magnitude;
+// without the shift, power iteration returns whichever end is. Pairs found are removed after every product.
 Eigenpairs power_iteration(MatVec multiply, const Tensor& like, int64_t p, const Options& options) {
   CountedMatVec apply(std::move(multiply), options.max_matvecs);
   auto generator = at::detail::createCPUGenerator(options.seed);
-  const auto random = [&] {
-    return at::randn({p}, generator, like.options().device(at::kCPU)).to(like.device());
-  };
+  const auto random = [&] { return at::randn({p}, generator, like.options().device(at::kCPU)).to(like.device()); };
   const double eps = epsilon(like);
   Tensor X = at::empty({0, p}, like.options());
 

@@ -50,7 +50,8 @@ class CountedMatVec {
   int64_t count_ = 0;
 };
 
-// A Ritz value that is not returned, with its residual: an eigenvalue lies in [value - residual, value + residual].
+// A Ritz value that is not returned, with its residual: an eigenvalue lies in [value - residual, value +
+// residual].
 struct Interval {
   double value, residual;
 };
@@ -65,14 +66,14 @@ double rank(double value, Which which);  // the larger, the more wanted
 // Eigen-decomposition of the symmetric matrix whose upper triangle is that of T: (m, m), float64, host.
 Ritz ritz(const Tensor& T, Which which);
 
-// Bounds on |value - eigenvalue|: min(r, r^2/gap) + rounding, where the gap reaches to the nearest interval of any
-// other Ritz value (Kato-Temple). Where intervals touch, or no value beyond the returned ones is known, r alone holds.
-// The gap between bare Ritz values would understate the error of clustered eigenvalues.
+// Bounds on |value - eigenvalue|: min(r, r^2/gap) + rounding, where the gap reaches to the nearest interval
+// of any other Ritz value (Kato-Temple). Where intervals touch, or no value beyond the returned ones is
+// known, r alone holds. The gap between bare Ritz values would understate the error of clustered eigenvalues.
 std::vector<double> error_bounds(const std::vector<double>& values, const std::vector<double>& residuals,
                                  const std::vector<Interval>& rest, double rounding);
 
-// The error up to which an eigenvalue counts as converged: relative to it; near zero relative to the norm of H; and
-// a value that is zero to rounding is as good as it can be.
+// The error up to which an eigenvalue counts as converged: relative to it; near zero relative to the norm of
+// H; and a value that is zero to rounding is as good as it can be.
 double allowed(double value, double tol, double eps, double norm);
 bool within(const std::vector<double>& values, const std::vector<double>& errors, double tol, double eps, double norm);
 

@@ -42,9 +42,7 @@ class Eigenvalues:
     residuals: Tensor  # (k,) |H x - value x| of the unit vector x behind each value
     vectors: Tensor | None  # (p, k) on the parameters' device, if asked for
     converged: bool  # every error is at most tol * |value|
-    complete: (
-        bool | None
-    )  # True: checked that none was missed; False: the check did not finish; None: not checked
+    complete: bool | None  # True: checked that none was missed; False: the check did not finish; None: not checked
     matvecs: int  # products H v
     gradient_evaluations: float  # the work in full gradients, a product counted as what it measures at
     seconds: float
@@ -121,9 +119,7 @@ class Hessian:
             return (self @ torch.from_numpy(np.ascontiguousarray(v))).cpu().numpy()
 
         dtype = torch.empty(0, dtype=self.params[0].dtype).numpy().dtype
-        return LinearOperator(
-            self.shape, matvec=lambda v: product(v.reshape(-1)), matmat=product, dtype=dtype
-        )
+        return LinearOperator(self.shape, matvec=lambda v: product(v.reshape(-1)), matmat=product, dtype=dtype)
 
     def eigenvalues(
         self,
@@ -159,9 +155,7 @@ class Hessian:
         _require(method in ("lanczos", "power"), f"method must be 'lanczos' or 'power', got {method!r}")
         _require(0 < tol < 1, f"tol must be between 0 and 1, got {tol}")
         _require(max_matvecs > k, f"max_matvecs must be > k={k}, got {max_matvecs}")
-        _require(
-            basis is None or basis >= 2 * k + 2, f"basis must be >= 2k + 2 = {2 * k + 2} vectors, got {basis}"
-        )
+        _require(basis is None or basis >= 2 * k + 2, f"basis must be >= 2k + 2 = {2 * k + 2} vectors, got {basis}")
         if basis is None:
             basis = min(100 + 2 * k, self.memory // (p * self.params[0].element_size()))
         options = _module().Options(
@@ -225,7 +219,7 @@ class Hessian:
         """Time of one full gradient, measured once, on the first batch."""
         if self._seconds_a_gradient is None:
             device = self.params[0].device
-            synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+            synchronise: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
             with full_precision():
                 self._losses.rewind(0)
                 synchronise()
@@ -284,9 +278,7 @@ def _module() -> ModuleType:
         reason = f"was built for torch {built_for}, but torch is {running}"
     except ImportError as error:
         reason = f"could not be loaded ({error})"
-    raise ImportError(
-        f"samlite._C {reason}; build it for this torch in a source folder of samlite: {rebuild}"
-    )
+    raise ImportError(f"samlite._C {reason}; build it for this torch in a source folder of samlite: {rebuild}")
 
 
 def _require(condition: bool, message: str) -> None:

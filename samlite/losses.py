@@ -6,6 +6,7 @@ model, a loss and data into that function, batch by batch; `samlite._C` differen
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -30,9 +31,7 @@ class Losses:
         parameters: those to differentiate by; everything else is a constant.
     """
 
-    def __init__(
-        self, model: nn.Module, loss_fn: Loss, data: Data, parameters: list[nn.Parameter], mode: str
-    ) -> None:
+    def __init__(self, model: nn.Module, loss_fn: Loss, data: Data, parameters: list[nn.Parameter], mode: str) -> None:
         self.model, self.data, self.parameters, self.mode = model, _checked_data(data), parameters, mode
         self.loss = _as_function(loss_fn, like=parameters[0])
         # Batch norm in train mode couples the rows of a batch, so there a pair of tensors stays whole.
@@ -62,18 +61,27 @@ class Losses:
         Raises:
             ValueError: the loss is not a finite scalar, or it is not the same function in the second pass.
         """
+        batch: Any
         if _is_pair(self.data):
             batch = (self.data[0][:rows], self.data[1][:rows])
         else:
             batch = next(iter(self._batches()), None)
             if batch is None:
                 raise ValueError("data must hold at least one batch, got none")
-        with torch.no_grad():
-            first, second = (float(self._evaluate(batch, seed)[0]) for seed in range(2))
-        if not torch.isfinite(torch.tensor(first)):
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                # torch only warns where a loss broadcasts targets against outputs of another shape
+                warnings.filterwarnings("error", "Using a target size")
+                first, second = (float(self._evaluate(batch, seed)[0]) for seed in range(2))
+        except (ValueError, NotImplementedError):
+            raise
+        except Exception as error:  # of the model, the loss or the data, whatever they are
+            reason = " ".join(str(error).split())
             raise ValueError(
-                f"the loss must be finite, got {first} on the first batch; check weights and data"
-            )
+                f"the loss must be computable on the first batch, got {type(error).__name__}: {reason}"
+            ) from error
+        if not torch.isfinite(torch.tensor(first)):
+            raise ValueError(f"the loss must be finite, got {first} on the first batch; check weights and data")
         if abs(first - second) > 1e-4 * max(abs(first), 1e-12):
             raise ValueError(
                 f"loss_fn must be the same function at every call, got {first:.6g}, then {second:.6g} on the first "
@@ -99,9 +107,7 @@ class Losses:
             )
         weight = float(weight)
         if not 0 <= weight < float("inf"):
-            raise ValueError(
-                f"the weight of a batch must be finite and >= 0, got {weight} on batch {self._index}"
-            )
+            raise ValueError(f"the weight of a batch must be finite and >= 0, got {weight} on batch {self._index}")
         # The mean over nothing is nan; with weight 0 it has no say.
         return (value.reshape(()), weight) if weight > 0 else (value.reshape(()).nan_to_num(), 0.0)
 
@@ -135,9 +141,7 @@ def untouched(model: nn.Module, parameters: list[nn.Parameter], mode: str) -> It
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused attention has no second derivative
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
-            stack.enter_context(
-                torch.backends.cudnn.flags(enabled=False)
-            )  # nor have cuDNN's recurrent layers
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # nor have cuDNN's recurrent layers
         stack.enter_context(_copied_buffers(model))
         try:
             model.train(mode == "train")
@@ -189,9 +193,7 @@ def _checked_data(data: Any) -> Any:
         if len(inputs) == 0:
             raise ValueError("data must hold at least one sample, got none")
     elif isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise ValueError(
-            f"data must be a tuple (inputs, targets) or a re-iterable of batches, got {_described(data)}"
-        )
+        raise ValueError(f"data must be a tuple (inputs, targets) or a re-iterable of batches, got {_described(data)}")
     elif iter(data) is data:
         raise ValueError(
             "data must be re-iterable, as every product may pass over it, got an iterator; "
@@ -205,7 +207,8 @@ def _placed(batch: Any, like: Tensor) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(like.device, like.dtype if batch.is_floating_point() else batch.dtype)
     if isinstance(batch, PackedSequence):
-        return batch.to(like.device, like.dtype) if batch.data.is_floating_point() else batch.to(like.device)
+        placed: Any = batch.to(device=like.device)  # type: ignore[call-arg]
+        return placed.to(dtype=like.dtype) if batch.data.is_floating_point() else placed
     if isinstance(batch, dict):
         return {key: _placed(value, like) for key, value in batch.items()}
     if type(batch) in (tuple, list):
@@ -230,9 +233,7 @@ def _samples(batch: Any) -> float:
     """How many samples a batch holds, where that is beyond doubt."""
     sizes = _sizes(batch)
     if len(sizes) != 1:
-        found = (
-            "tensors of " + " and ".join(map(str, sorted(sizes))) + " rows" if sizes else _described(batch)
-        )
+        found = "tensors of " + " and ".join(map(str, sorted(sizes))) + " rows" if sizes else _described(batch)
         raise ValueError(
             f"loss_fn must return (mean loss, weight) where the batch does not show its number of samples, got {found}"
         )
@@ -244,9 +245,7 @@ def _as_function(loss_fn: Any, like: Tensor) -> Callable[[nn.Module, Any], Any]:
     if isinstance(loss_fn, nn.Module):
         return _Criterion(deepcopy(loss_fn).to(like.device, like.dtype))  # class weights beside the model
     if not callable(loss_fn):
-        raise ValueError(
-            f"loss_fn must be a loss module or a function of (model, batch), got {_described(loss_fn)}"
-        )
+        raise ValueError(f"loss_fn must be a loss module or a function of (model, batch), got {_described(loss_fn)}")
     if getattr(loss_fn, "__module__", None) == "torch.nn.functional":
         raise ValueError(
             f"loss_fn must be a loss module or a function of (model, batch), got torch.nn.functional."

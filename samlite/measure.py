@@ -134,9 +134,7 @@ def resolve(name: str, option: str) -> Any:
     except AttributeError:
         raise ValueError(f"{option} must name something in {module_name}, got {attribute!r}") from None
     except Exception as error:  # the user's own module: whatever goes wrong in it
-        raise ValueError(
-            f"{option}: importing {module_name} failed with {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"{option}: importing {module_name} failed with {type(error).__name__}: {error}") from error
     return found
 
 
@@ -164,8 +162,7 @@ def _load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         raise ValueError(
             f"{path} must fit the model of --model: "
             + "; ".join(
-                f"{what} {', '.join(islice(names, 3))}"
-                + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                f"{what} {', '.join(islice(names, 3))}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
                 for what, names in (("it lacks", missing), ("the model has no", unexpected))
                 if names
             )

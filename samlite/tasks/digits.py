@@ -28,8 +28,8 @@ def load(source: str | None, seed: int) -> Splits:
 
 TASK = Task(
     name="digits",
-    summary="8×8 handwritten digits; needs no download",
-    network="3-layer ReLU MLP [width, width/3]",
+    summary="8×8 images of digits, offline",
+    network="MLP [w, w/3]",
     data="scikit-learn's digits: 900 training, 100 validation and 797 test images",
     model=partial(tapered_mlp, 64, outputs=10),
     load=load,

@@ -98,8 +98,8 @@ def _label(label: Any, place: str) -> int:
 
 TASK = Task(
     name="mnist",
-    summary="28×28 handwritten digits",
-    network="3-layer ReLU MLP [width, width/3]",
+    summary="28×28 images of digits",
+    network="MLP [w, w/3]",
     data="MNIST from the hub or a folder of parquet files: 54,000 training, 6,000 validation, 10,000 test",
     model=partial(tapered_mlp, 784, outputs=10),
     load=load,

@@ -88,7 +88,7 @@ class Task:
 
     name: str
     summary: str
-    network: str  # what `model` builds, in words
+    network: str  # what `model` builds: its hidden layers in terms of the width w
     data: str  # where the data come from, and how many there are
     model: Callable[[int], nn.Module]  # width -> module
     load: Callable[[str | None, int], Splits]  # source, seed -> data on the CPU

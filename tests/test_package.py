@@ -1,0 +1,96 @@
+"""What importing, building and typing the package promises."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import samlite
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_sam_works_without_the_compiled_module_and_a_hessian_says_how_to_build_it() -> None:
+    done = run("""
+import sys
+sys.modules["samlite._C"] = None  # as where it was never built
+import torch, samlite
+w = torch.nn.Parameter(torch.ones(3))
+optimizer = samlite.SAM([w], torch.optim.SGD, lr=0.1)
+def closure():
+    loss = (w ** 2).sum()
+    loss.backward()
+    return loss
+print(float(optimizer.step(closure)))
+model = torch.nn.Linear(2, 1)
+h = samlite.Hessian(model, torch.nn.MSELoss(), (torch.ones(3, 2), torch.ones(3, 1)))
+try:
+    h.eigenvalues()
+except ImportError as error:
+    print(error)
+""")
+    assert done.returncode == 0, done.stderr
+    first, message = done.stdout.strip().splitlines()
+    assert first == "3.0"
+    assert message.startswith("samlite._C could not be loaded") and "pip install" in message
+
+
+def test_another_torch_version_gives_one_line_with_the_command_that_rebuilds() -> None:
+    done = run("""
+import torch
+torch.__version__ = "2.99.0"
+from samlite.hessian import _module
+try:
+    _module()
+except ImportError as error:
+    print(error)
+""")
+    assert "samlite._C was built for torch" in done.stdout and "but torch is 2.99.0" in done.stdout
+    assert "pip install --no-build-isolation --no-deps" in done.stdout and done.stdout.count("\n") == 1
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    assert run("import samlite, sys; sys.exit('torch' in sys.modules)").returncode == 0
+
+
+def test_every_public_name_is_there_and_an_unknown_one_is_not() -> None:
+    for name in samlite.__all__:
+        assert getattr(samlite, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'SAMM'"):
+        _ = samlite.SAMM  # type: ignore[attr-defined]
+
+
+def test_the_optimizer_imports_nothing_of_the_package() -> None:
+    tree = ast.parse((ROOT / "samlite" / "sam.py").read_text())
+    imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert not [name for name in imported if name.startswith("samlite")]
+
+
+def test_the_library_does_not_import_the_command_line() -> None:
+    for path in (ROOT / "samlite").rglob("*.py"):
+        assert "import samlite.cli" not in path.read_text() and "from samlite.cli" not in path.read_text()
+
+
+def test_the_torch_range_is_the_same_for_building_and_running() -> None:
+    lines = (ROOT / "pyproject.toml").read_text().splitlines()
+    ranges = {part for line in lines for part in line.split('"') if part.startswith("torch>=")}
+    assert len(ranges) == 1
+
+
+def test_the_stub_names_what_the_compiled_module_has() -> None:
+    from samlite.hessian import _module
+
+    stub = ast.parse((ROOT / "samlite" / "_C.pyi").read_text())
+    for node in stub.body:
+        if isinstance(node, ast.ClassDef):
+            members = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+            actual = {name for name in vars(getattr(_module(), node.name)) if not name.startswith("_")}
+            assert members - {"__init__"} == actual, node.name
+        elif isinstance(node, ast.FunctionDef):
+            assert callable(getattr(_module(), node.name))
