@@ -89,7 +89,7 @@ class Case:
         self.x = torch.randn(self.shape)
         self.y = (self.x.flatten(1) @ torch.randn(self.x[0].numel(), 10)).argmax(1)
         self.model = self.build()
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05)
         for _ in range(5):
             for batch in torch.randperm(len(self.x)).split(64):
                 optimizer.zero_grad()
@@ -302,7 +302,12 @@ def gradient_seconds(case: Case) -> float:
     return seconds(lambda: torch.autograd.grad(CRITERION(case.model(case.x), case.y), params))
 
 
-def run(contender: Contender, case: Case, seed: int) -> Run:
+def in_gradients(case: Case, f: Callable[[], Any]) -> float:
+    before, elapsed, after = gradient_seconds(case), seconds(f), gradient_seconds(case)
+    return elapsed / mean((before, after))
+
+
+def best_run(contender: Contender, case: Case, seed: int) -> Run:
     """The first run whose five values are right, else the most accurate."""
     runs = []
     for setting in contender.settings(case, seed):
@@ -315,3 +320,35 @@ def run(contender: Contender, case: Case, seed: int) -> Run:
         if runs[-1].error < TOL:
             break
     return min(runs, key=lambda r: r.error)
+
+
+@dataclass
+class Result:
+    product: float
+    graph: float
+    needed: list[int]  # products of each start
+    runs: dict[str, list[Run]]
+
+    @property
+    def limit(self) -> float:
+        return self.product * median(self.needed)
+
+    @property
+    def floor(self) -> float:
+        return self.limit + self.graph + self.product
+
+
+def measure(case: Case, contenders: Iterable[Contender], repeats: int) -> Result:
+    case.train()
+    find_truth(case, starts=repeats)
+    product, graph = [], []
+    runs: dict[str, list[Run]] = {c.name: [] for c in contenders}
+    for seed in range(repeats):
+        kept = Graph(case.model, case.x, case.y)
+        parts = [torch.randn_like(p) for p in kept.params]
+        product.append(in_gradients(case, lambda: kept.product(parts)))  # noqa: B023
+        graph.append(in_gradients(case, lambda: Graph(case.model, case.x, case.y)))
+        for contender in contenders:
+            runs[contender.name].append(best_run(contender, case, seed))
+    needed = [products_needed(case, t) for t in case.krylov]
+    return Result(median(product), median(graph), needed, runs)

@@ -102,7 +102,7 @@ def _notes(found: "Report") -> list[str]:
     if any(outcome.rho is not None and outcome.improvement is None for outcome in outcomes):
         notes.append("SAM has no improvement where its base optimizer was not run with the same seeds.")
     for names, state in ((found.unfinished, "not finished"), (found.unmeasured, "without a converged λ_max")):
-        if names:
+        if names and (state == "not finished" or any(outcome.sharpness for outcome in outcomes)):
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             notes.append(f"{len(names)} runs {state}: {shown}.")
     return notes

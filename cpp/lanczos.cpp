@@ -238,7 +238,8 @@ void Lanczos::krylov() {
   const bool whole = spanned();
   // A few pairs more than asked for make the search short, where there is room for it.
   kept_ = std::max(k, std::min({size_, 2 * k + 2, rows_ - 10}));
-  for (int64_t i = 0; i < kept_; ++i) kept_pairs_.push_back({ritz_.values[i], coupling_[i].item<double>()});
+  const auto coupling = to_vector(coupling_);
+  for (int64_t i = 0; i < kept_; ++i) kept_pairs_.push_back({ritz_.values[i], coupling[i]});
   restart(kept_);
   q_ = V_[kept_].clone();
   if (!whole) certify();

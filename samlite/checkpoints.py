@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,7 +101,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises ValueError where the file is damaged or holds anything else.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickles; what matters is an error
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # damage shows as many kinds of error

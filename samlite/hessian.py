@@ -209,9 +209,9 @@ class Hessian:
             operator = _module().Hessian(self.params, losses.rewind, losses.next, self.memory)
             if losses.chunk and self.mode == "eval":  # as many rows a chunk as have a graph within the memory
                 rows = len(losses.data[0])
-                losses.chunk = min(rows, _PROBE)
+                losses.cut(min(rows, _PROBE))
                 bytes_a_row = operator.measure() / losses.chunk
-                losses.chunk = max(1, min(rows, _CHUNK, int(self.memory / max(bytes_a_row, 1))))
+                losses.cut(max(1, min(rows, _CHUNK, int(self.memory / max(bytes_a_row, 1)))))
             self._operator, self._state = operator, state
         return self._operator
 

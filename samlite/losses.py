@@ -6,6 +6,7 @@ model, a loss and data into that function, batch by batch; `samlite._C` differen
 """
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,9 +36,15 @@ class Losses:
         self.model, self.data, self.parameters, self.mode = model, _checked_data(data), parameters, mode
         self.loss = _as_function(loss_fn, like=parameters[0])
         # Batch norm in train mode couples the rows of a batch, so there a pair of tensors stays whole.
-        self.chunk = len(self.data[0]) if _is_pair(self.data) else 0
+        self.chunk = 0
+        self.cut(len(self.data[0]) if _is_pair(self.data) else 0)
         self._stream: Iterator[Any] = iter(())
         self._index = 0
+
+    def cut(self, rows: int) -> None:
+        """Cut a pair of tensors into chunks of so many rows."""
+        self.chunk = rows
+        self._weights: list[float] = []  # of the batches evaluated so far
 
     def rewind(self, batch: int) -> None:
         """Go to a batch: the next call of `next` evaluates it."""
@@ -51,9 +58,13 @@ class Losses:
             return None
         with torch.enable_grad():
             value, weight = self._evaluate(batch)
-            total = value * weight
+            if self._index == len(self._weights):  # reading it waits for the device: in the first pass only
+                self._weights.append(_checked_weight(weight, self._index))
+            known = self._weights[self._index]
+            # The mean over nothing is nan; with weight 0 it has no say.
+            total = value * known if known > 0 else value.nan_to_num() * 0
         self._index += 1
-        return total, weight
+        return total, known
 
     def probe(self, rows: int) -> None:
         """Evaluate the first batch twice (of a pair of tensors: its first rows), so that bad input shows at once.
@@ -72,7 +83,8 @@ class Losses:
             with torch.no_grad(), warnings.catch_warnings():
                 # torch only warns where a loss broadcasts targets against outputs of another shape
                 warnings.filterwarnings("error", "Using a target size")
-                first, second = (float(self._evaluate(batch, seed)[0]) for seed in range(2))
+                (value, weight), (again, _) = (self._evaluate(batch, seed) for seed in range(2))
+                first, second = float(value), float(again)
         except (ValueError, NotImplementedError):
             raise
         except Exception as error:  # of the model, the loss or the data, whatever they are
@@ -80,7 +92,9 @@ class Losses:
             raise ValueError(
                 f"the loss must be computable on the first batch, got {type(error).__name__}: {reason}"
             ) from error
-        if not torch.isfinite(torch.tensor(first)):
+        if _checked_weight(weight, 0) == 0:
+            return
+        if not math.isfinite(first):
             raise ValueError(f"the loss must be finite, got {first} on the first batch; check weights and data")
         if abs(first - second) > 1e-4 * max(abs(first), 1e-12):
             raise ValueError(
@@ -94,7 +108,7 @@ class Losses:
             return zip(inputs.split(self.chunk), targets.split(self.chunk), strict=True)
         return iter(self.data)
 
-    def _evaluate(self, batch: Any, seed: int = 0) -> tuple[Tensor, float]:
+    def _evaluate(self, batch: Any, seed: int = 0) -> tuple[Tensor, Any]:
         batch = _placed(batch, self.parameters[0])
         with untouched(self.model, self.parameters, self.mode):
             torch.manual_seed(seed)
@@ -105,11 +119,7 @@ class Losses:
                 f"loss_fn must return the mean loss over the batch as a scalar tensor, got {_described(value)} "
                 f"on batch {self._index}"
             )
-        weight = float(weight)
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"the weight of a batch must be finite and >= 0, got {weight} on batch {self._index}")
-        # The mean over nothing is nan; with weight 0 it has no say.
-        return (value.reshape(()), weight) if weight > 0 else (value.reshape(()).nan_to_num(), 0.0)
+        return value.reshape(()), weight
 
 
 @contextmanager
@@ -202,6 +212,16 @@ def _checked_data(data: Any) -> Any:
     return data
 
 
+def _checked_weight(weight: Any, batch: int) -> float:
+    try:
+        value = float(weight)
+    except (TypeError, ValueError, RuntimeError):
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"the weight of a batch must be a finite number >= 0, got {weight} on batch {batch}")
+    return value
+
+
 def _placed(batch: Any, like: Tensor) -> Any:
     """The batch on the parameters' device, its floating-point tensors in their type."""
     if isinstance(batch, Tensor):
@@ -229,7 +249,7 @@ def _sizes(batch: Any) -> set[int]:
     return set()
 
 
-def _samples(batch: Any) -> float:
+def _samples(batch: Any) -> int:
     """How many samples a batch holds, where that is beyond doubt."""
     sizes = _sizes(batch)
     if len(sizes) != 1:
@@ -237,7 +257,7 @@ def _samples(batch: Any) -> float:
         raise ValueError(
             f"loss_fn must return (mean loss, weight) where the batch does not show its number of samples, got {found}"
         )
-    return float(sizes.pop())
+    return sizes.pop()
 
 
 def _as_function(loss_fn: Any, like: Tensor) -> Callable[[nn.Module, Any], Any]:
@@ -282,13 +302,15 @@ class _Criterion:
             return loss / max(samples, 1), samples
         return loss, self._denominator(targets)
 
-    def _denominator(self, targets: Tensor) -> float:
+    def _denominator(self, targets: Tensor) -> int | Tensor:
         if self.reduction == "batchmean":
             return len(targets)
         if isinstance(self.criterion, nn.CrossEntropyLoss | nn.NLLLoss) and not targets.is_floating_point():
-            valid = targets[targets != self.criterion.ignore_index]
+            valid = targets != self.criterion.ignore_index
             weight = self.criterion.weight
-            return valid.numel() if weight is None else float(weight.to(valid.device)[valid].sum())
+            if weight is None:
+                return valid.sum()
+            return (weight.to(targets.device)[targets.where(valid, 0)] * valid).sum()
         return targets.numel()
 
 

@@ -37,5 +37,5 @@ TASK = Task(
     metric="accuracy",
     recipe=Recipe(lr={"sgd": 0.05, "adam": 1e-3, "adamw": 1e-3}, batch_size=32, epochs=100, rho=0.1),
     width=32,
-    widths=(8, 32, 128),
+    widths=(16, 64, 256),
 )

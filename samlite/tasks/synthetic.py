@@ -21,17 +21,22 @@ def student(width: int) -> nn.Sequential:
     return mlp(INPUTS, width, 1)
 
 
-def load(source: str | None, seed: int) -> Splits:
-    """Standard Gaussian inputs (n, 50) and targets (n, 1)."""
+def teacher(inputs: Tensor) -> Tensor:
+    """The function to learn, (n, 50) -> (n, 1): always the same."""
     fixed = torch.Generator().manual_seed(0)
     hidden = torch.randn(INPUTS, TEACHER_WIDTH, generator=fixed) / INPUTS**0.5
     output = torch.randn(TEACHER_WIDTH, 1, generator=fixed) / TEACHER_WIDTH**0.5
+    return torch.relu(inputs @ hidden) @ output
+
+
+def load(source: str | None, seed: int) -> Splits:
+    """Standard Gaussian inputs (n, 50), and the teacher's outputs with noise (n, 1)."""
     draw = torch.Generator().manual_seed(seed)
 
     def samples(n: int) -> TensorData:
         inputs = torch.randn(n, INPUTS, generator=draw)
         noise: Tensor = NOISE * torch.randn(n, 1, generator=draw)
-        return TensorData(inputs, torch.relu(inputs @ hidden) @ output + noise)
+        return TensorData(inputs, teacher(inputs) + noise)
 
     return Splits(samples(TRAINING), samples(VALIDATION), samples(TEST))
 

@@ -1,0 +1,48 @@
+"""The README's code runs as it stands there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_python_blocks_run(number: int, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKS[number]], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_there_are_python_blocks_for_both_uses() -> None:
+    assert "samlite.Hessian" in BLOCKS[0] and "samlite.SAM" in BLOCKS[1]
+
+
+def test_commands_and_options_in_the_readme_exist() -> None:
+    from click import Context
+
+    from samlite.cli import cli
+
+    used = re.findall(r"samlite (tasks|train|sharpness|sweep|report)([^\n`|]*)", README)
+    assert {name for name, _ in used} == set(cli.commands)
+    for name, rest in used:
+        command = cli.commands[name]
+        known = {option for parameter in command.get_params(Context(command)) for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= known, (name, rest)
+
+
+@pytest.mark.slow
+def test_the_demo_runs(tmp_path: Path) -> None:
+    block = re.search(r"<!-- demo -->\n```bash\n(.*?)```", README, flags=re.DOTALL)
+    assert block
+    for line in block[1].splitlines():
+        if line.startswith("samlite"):
+            command = [sys.executable, "-m", "samlite.cli", *line.split()[1:]]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "digits.png").stat().st_size > 10_000
