@@ -82,7 +82,7 @@ Eigenpairs Lanczos::solve() {
   return result;
 }
 
-// ---------------------------------------------------------------------------------------- the factorisation
+// --- The factorisation
 
 // Drawn on the host, so that a seed means the same vector on every device.
 Tensor Lanczos::random() { return at::randn({p_}, generator_, V_.options().device(at::kCPU)).to(V_.device()); }
@@ -205,8 +205,7 @@ bool Lanczos::extend(int64_t wanted, int64_t first_look, Distance distance) {
   }
 }
 
-// ------------------------------------------------------------------------------------------------- the
-// stages
+// --- The stages
 
 std::vector<double> Lanczos::bounds(const std::vector<double>& values, const std::vector<double>& residuals,
                                     const std::vector<Interval>& rest) const {
@@ -262,7 +261,7 @@ void Lanczos::certify() {
   for (auto& r : certified) r = std::hypot(r, std::sqrt(k) * mismatch);
   if (distance(values_, residuals_, rest_) <= 0 && !(distance(values_, certified, rest_) <= 0)) {
     for (int64_t i = 0; i < k; ++i) {
-      const Tensor r = apply_(X[i]).sub_(X[i], values_[i]);
+      const Tensor r = apply_(X[i]).sub(X[i], values_[i]);
       certified[i] = at::linalg_vector_norm(r).item<double>();
     }
   }
@@ -328,31 +327,28 @@ Lanczos::Verdict Lanczos::probe_beyond_kept() {
   return verdict;
 }
 
+// Whether the error bounds hold beside what the search found below the bar: a neighbour just below the k-th value
+// may void its gap.
+bool Lanczos::settled() {
+  auto known = rest_;
+  const auto found = intervals(ritz_.values, residual_, 0);
+  if (size_ > 0) known.insert(known.end(), found.begin(), found.end());
+  if (distance(values_, residuals_, known) > 0) return false;
+  rest_ = known;
+  return true;
+}
+
 void Lanczos::search() {
   complete_ = false;
-  Verdict verdict = probe_beyond_kept();
+  bool clear = probe_beyond_kept() == Verdict::clear && settled();
   q_.reset();
-  while (true) {
-    if (verdict != Verdict::clear) verdict = probe(options_.k, bar());
+  while (!clear) {
+    const Verdict verdict = probe(options_.k, bar());
     if (verdict == Verdict::undecided) return;
-    if (verdict == Verdict::clear) {
-      // A neighbour just below the k-th value may still void its error bound: then both are refined.
-      auto known = intervals(ritz_.values, residual_, 0);
-      if (spanned()) known.clear();
-      known.insert(known.end(), rest_.begin(), rest_.end());
-      if (distance(values_, residuals_, known) <= 0) {
-        rest_ = known;
-        complete_ = true;
-        return;
-      }
-      if (locked_ > options_.k) {
-        verdict = Verdict::undecided;
-        continue;
-      }
-    }
-    merge();
-    verdict = Verdict::missed;
+    clear = verdict == Verdict::clear && settled();
+    if (!clear) merge();
   }
+  complete_ = true;
 }
 
 // Adds the pair that the search found: it is an eigenvector of H to within its residual and its coupling to

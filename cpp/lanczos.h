@@ -32,6 +32,7 @@ class Lanczos {
   Verdict probe(int64_t locked, double bar);
   Verdict probe_beyond_kept();
   double bar() const;
+  bool settled();
   void search();
   void merge();
   void refine(int64_t count);

@@ -100,17 +100,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises ValueError where the file is damaged or holds anything else.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old pickles; what matters is an error
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # damage shows as many kinds of error
-        raise ValueError(
-            f"{path} must be a checkpoint of tensors and plain values, but it cannot be read: "
-            "it is truncated, damaged, or holds code"
-        ) from error
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about old pickles; what matters is an error
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # damage shows as many kinds of error
+            raise ValueError(
+                f"{path} must be a checkpoint of tensors and plain values, but it cannot be read: "
+                "it is truncated, damaged, or holds code"
+            ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} must hold a dictionary, got {type(state).__name__}")
     return state
@@ -130,9 +128,7 @@ def load_model_weights(path: Path, model: nn.Module) -> None:
     try:
         load_model(model, path)
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} does not hold the weights of this run's network: {_reason(error)}"
-        ) from None
+        raise ValueError(f"{path} does not hold the weights of this run's network: {_reason(error)}") from None
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -49,6 +49,8 @@ class Config:
         _check_integer("batch_size", self.batch_size, 1)
         _check_integer("epochs", self.epochs, 1)
         _check_choice("schedule", self.schedule, SCHEDULES)
+        if not isinstance(self.milestones, tuple):
+            raise ValueError(f"milestones must be a list of numbers, got {self.milestones!r}")
         for milestone in self.milestones:
             _check_number("milestones", milestone, above=True, below=1)
         _check_integer("threads", self.threads, 1)
@@ -98,7 +100,8 @@ class Config:
         if {**values, **chosen}["schedule"] != "step":
             values["milestones"] = ()
         values |= chosen
-        values["milestones"] = tuple(values["milestones"])
+        if isinstance(values["milestones"], list):
+            values["milestones"] = tuple(values["milestones"])
         if values["data"] is not None and Path(values["data"]).is_dir():
             values["data"] = str(Path(values["data"]).resolve())  # found again from anywhere
         return cls(task=task, **values)

@@ -190,7 +190,9 @@ class SAM(Optimizer):
             if group["adaptive"]:
                 torch._foreach_mul_(grads, torch._foreach_abs(weights))
         norm = self._first_norm = _norm(buckets)
-        inverse = norm.clamp_min(torch.finfo(norm.dtype).tiny).reciprocal()  # a zero gradient stays zero
+        # A norm so small that its squares underflow is not to be trusted; a zero gradient stays zero.
+        numbers = torch.finfo(norm.dtype)
+        inverse = norm.clamp_min(math.sqrt(numbers.tiny / numbers.eps)).reciprocal()
         self._saved = [(weights, torch._foreach_clone(weights)) for _, weights, _ in buckets]
         for group, weights, grads in buckets:
             if group["adaptive"]:

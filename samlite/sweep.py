@@ -45,6 +45,9 @@ def grid(
         rhos: for SAM; default the recipe's.
         recipe, settings: as of `Config.of`. SAM wraps `base`, by default the first other optimizer.
     """
+    for name, values in (("widths", widths), ("optimizers", optimizers)):
+        if not values:
+            raise ValueError(f"{name} must name at least one, got none")
     if seeds < 1:
         raise ValueError(f"seeds must be >= 1, got {seeds}")
     if rhos and "sam" not in optimizers:
@@ -73,9 +76,9 @@ def run(folder: Path, cells: Sequence[Config], *, measure: bool = False, jobs: i
     """
     if jobs < 1:
         raise ValueError(f"jobs must be >= 1, got {jobs}")
-    folder = folder.resolve()
+    _merged(folder, cells)  # before anything is written there
     with locked(folder):
-        _record(folder, cells)
+        write_json(folder / "sweep.json", {"cells": [cell.to_json() for cell in _merged(folder, cells)]})
         waiting = []
         for cell in cells:
             if finished(folder / cell.name, cell, measure):
@@ -132,20 +135,18 @@ def sharpness(folder: Path) -> float | None:
         raise ValueError(f"{path} is not a measurement; delete it and measure again") from None
 
 
-def _record(folder: Path, cells: Sequence[Config]) -> None:
-    """Add the cells to sweep.json, if they belong to the same sweep."""
+def _merged(folder: Path, cells: Sequence[Config]) -> list[Config]:
+    """The cells that the folder records and these, if they belong to the same sweep."""
     known: list[Config] = []
     if (folder / "sweep.json").exists():
         known = read(folder)
-    elif any(not path.name.startswith(".") for path in folder.iterdir()):
+    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"{folder} must be empty or hold a sweep, but it has no sweep.json")
     for old in known:
         for new in cells:
             if differences := _differences(old, new):
                 raise ValueError(f"{folder} holds another sweep ({differences}); choose another folder")
-    both = list(dict.fromkeys([*known, *cells]))
-    if both != known:
-        write_json(folder / "sweep.json", {"cells": [cell.to_json() for cell in both]})
+    return list(dict.fromkeys([*known, *cells]))
 
 
 def _differences(old: Config, new: Config) -> str:

@@ -79,8 +79,9 @@ def train(config: Config, out: Path, resume: bool = True) -> Iterator[EpochRecor
         TrainingError: the loss is no longer finite. The last checkpoint before that is kept.
         BlockingIOError: another process trains in this folder.
     """
+    _check_folder(out, config, resume)  # before anything is written there
     with locked(out), _threads(config.threads):
-        _check_folder(out, config, resume)
+        _check_folder(out, config, resume)  # again: another process may have come first
         if (out / "result.json").exists():
             return
 
@@ -123,8 +124,7 @@ def train(config: Config, out: Path, resume: bool = True) -> Iterator[EpochRecor
             validation_loss, validation_metric = evaluate(model, task, data.validation)
             if not all(map(math.isfinite, [*torch.stack(losses).tolist(), train_loss, validation_loss])):
                 raise TrainingError(
-                    f"the loss is no longer finite in epoch {epoch} at lr {lr:g}; "
-                    "try a smaller lr, in another folder"
+                    f"the loss is no longer finite in epoch {epoch} at lr {lr:g}; try a smaller lr, in another folder"
                 )
             records.append(
                 EpochRecord(
@@ -215,19 +215,15 @@ def _optimizer(model: nn.Module, config: Config) -> Any:  # whose step returns t
 
 def _check_folder(out: Path, config: Config, resume: bool) -> None:
     """Raise ValueError unless the folder is empty or, to resume, holds this very run."""
-    if all(path.name.startswith(".") for path in out.iterdir()):
+    if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
         return
     if not resume:
         raise ValueError(f"{out} must be empty without resuming; choose another folder or delete this one")
     if not (out / "config.json").exists():
-        raise ValueError(
-            f"{out} must be empty or hold a run, but it has no config.json; choose another folder"
-        )
+        raise ValueError(f"{out} must be empty or hold a run, but it has no config.json; choose another folder")
     found = Config.from_json(read_json(out / "config.json"), out / "config.json").to_json()
     differences = [
-        f"{name} {found[name]} there, {value} now"
-        for name, value in config.to_json().items()
-        if found[name] != value
+        f"{name} {found[name]} there, {value} now" for name, value in config.to_json().items() if found[name] != value
     ]
     if differences:
         raise ValueError(f"{out} holds another run ({'; '.join(differences)}); choose another folder")
@@ -267,9 +263,7 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _result(
-    model: nn.Module, task: Task, test: TensorData, last: EpochRecord, best: dict[str, Any]
-) -> dict[str, Any]:
+def _result(model: nn.Module, task: Task, test: TensorData, last: EpochRecord, best: dict[str, Any]) -> dict[str, Any]:
     test_loss, test_metric = evaluate(model, task, test)
     return {
         "metric": task.metric,
