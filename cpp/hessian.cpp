@@ -1,9 +1,12 @@
 #include "hessian.h"
 
 #include <c10/core/Allocator.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Logging.h>
 #include <c10/util/ThreadLocalDebugInfo.h>
 #include <torch/csrc/autograd/autograd.h>
+
+#include <chrono>
 
 namespace samlite {
 
@@ -39,6 +42,12 @@ class AllocationCounter {
   std::shared_ptr<Count> count_;
   std::optional<c10::DebugInfoGuard> guard_;
 };
+
+// Seconds of a clock that waits for the device.
+double now(c10::Device device) {
+  if (!device.is_cpu()) c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(device.index());
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 }  // namespace
 
@@ -100,7 +109,7 @@ Tensor Hessian::apply(const Tensor& v) {
   if (passes_ == 0) {  // also after a first pass that was interrupted
     graphs_.clear();
     losses_seen_.clear();
-    weight_ = 0;
+    weight_ = build_seconds_ = 0;
     kept_bytes_ = 0;
   }
   Tensor out = at::zeros_like(v);
@@ -112,10 +121,12 @@ Tensor Hessian::apply(const Tensor& v) {
     losses_.rewind(batch);
     while (true) {
       AllocationCounter counter;
+      const double began = passes_ == 0 ? now(v.device()) : 0;
       const auto item = losses_.next();
       if (!item) break;
       const auto& [loss, weight] = *item;
       Graph graph = build(loss);
+      if (passes_ == 0) build_seconds_ += now(v.device()) - began;
       accumulate(graph, directions, sums);
       const Tensor value = loss.detach();
       if (passes_ == 0) {

@@ -34,6 +34,9 @@ class Hessian {
   int64_t kept() const { return static_cast<int64_t>(graphs_.size()); }
   int64_t kept_bytes() const { return kept_bytes_; }
   double weight() const { return weight_; }
+  // Time of the first pass's gradients with their graphs, which is that of a plain gradient to about a tenth: the
+  // unit of work.
+  double build_seconds() const { return build_seconds_; }
   // The largest relative change of a batch's loss between two passes: anything but rounding means that the
   // function is not the same at every product. Waits for the device.
   double drift() const;
@@ -55,7 +58,7 @@ class Hessian {
   std::function<void()> check_signals_;
   std::vector<Graph> graphs_;  // of the first batches
   int64_t kept_bytes_ = 0, passes_ = 0;
-  double weight_ = 0;
+  double weight_ = 0, build_seconds_ = 0;
   std::vector<Tensor> losses_seen_;  // of each batch in the first pass
   Tensor drift_;
 };

@@ -128,10 +128,11 @@ void Lanczos::step() {
 // Brings the coefficients to the host (the only wait), cuts back to the first breakdown since the last look,
 // and solves the small eigenproblem.
 void Lanczos::look() {
-  const Tensor host = at::cat({H_, beta_.unsqueeze(0)}).to(at::kCPU);
-  coefficients_ = host.narrow(0, 0, rows_);
+  const int64_t used = locked_ + size_;
+  const Tensor host = at::cat({H_.narrow(0, 0, used), beta_.unsqueeze(0)}).narrow(1, 0, used).to(at::kCPU);
+  coefficients_ = host.narrow(0, 0, used);
   const auto H = coefficients_.accessor<double, 2>();
-  const auto* beta = host.const_data_ptr<double>() + rows_ * rows_;
+  const auto beta = host.accessor<double, 2>()[used];
   double last = 0;
   for (int64_t j = looked_; j < size_; ++j) {
     const int64_t row = locked_ + j;
@@ -183,12 +184,10 @@ void Lanczos::restart(int64_t keep) {
   size_ = looked_ = keep;
 }
 
-// Steps until distance() <= 0: the logarithm of how far the wanted quantity is from what is asked. Looks are
-// spaced by its rate of decrease, so that few steps are wasted and few looks are needed. False where products
-// ran out.
+// Steps until distance() <= 0: the logarithm of how far the wanted quantity is from what is asked. A step rarely gains
+// more than a factor of 30, so looks that far apart waste few steps. False where products ran out.
 template <class Distance>
 bool Lanczos::extend(int64_t wanted, int64_t first_look, Distance distance) {
-  double before = kInfinity;
   int64_t stride = first_look;
   while (true) {
     const int64_t from = size_;
@@ -198,9 +197,7 @@ bool Lanczos::extend(int64_t wanted, int64_t first_look, Distance distance) {
     if (options_.progress) options_.progress(apply_.count(), std::exp(now));
     if (now <= 0 || spanned()) return true;
     if (apply_.exhausted() && size_ >= wanted) return false;
-    const double rate = (before - now) / static_cast<double>(stride);
-    stride = rate > 0 && std::isfinite(rate) ? std::clamp<int64_t>(std::lround(now / rate / 2), 1, 8) : 1;
-    before = now;
+    stride = std::isfinite(now) ? std::clamp<int64_t>(static_cast<int64_t>(now / std::log(30)), 1, 4) : 1;
     if (full()) restart(wanted + (size_ - wanted) / 2);
   }
 }

@@ -89,7 +89,6 @@ class Hessian:
         self._losses.probe(_PROBE)
         self._operator: Any = None
         self._state: list[tuple[Any, ...]] = []
-        self._seconds_a_gradient: float | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -181,7 +180,7 @@ class Hessian:
             converged=found.converged,
             complete=found.complete,
             matvecs=found.matvecs,
-            gradient_evaluations=seconds / self._gradient_seconds(),
+            gradient_evaluations=seconds / max(operator.build_seconds, 1e-9),
             seconds=seconds,
         )
 
@@ -214,24 +213,6 @@ class Hessian:
                 losses.cut(max(1, min(rows, _CHUNK, int(self.memory / max(bytes_a_row, 1)))))
             self._operator, self._state = operator, state
         return self._operator
-
-    def _gradient_seconds(self) -> float:
-        """Time of one full gradient, measured once, on the first batch."""
-        if self._seconds_a_gradient is None:
-            device = self.params[0].device
-            synchronise: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-            with full_precision():
-                self._losses.rewind(0)
-                synchronise()
-                began = time.perf_counter()
-                item = self._losses.next()
-                assert item is not None
-                if item[0].requires_grad:
-                    torch.autograd.grad(item[0], self.params, allow_unused=True)
-                synchronise()
-            share = item[1] / self._operator.weight
-            self._seconds_a_gradient = (time.perf_counter() - began) / max(share, 1e-9)
-        return self._seconds_a_gradient
 
     def _rows(self, start: Tensor) -> Tensor:
         p = self.shape[0]

@@ -111,7 +111,7 @@ class Losses:
     def _evaluate(self, batch: Any, seed: int = 0) -> tuple[Tensor, Any]:
         batch = _placed(batch, self.parameters[0])
         with untouched(self.model, self.parameters, self.mode):
-            torch.manual_seed(seed)
+            _seed(self.parameters[0].device, seed)
             result = self.loss(self.model, batch)
         value, weight = result if isinstance(result, tuple) else (result, _samples(batch))
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
@@ -181,6 +181,13 @@ def _copied_buffers(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, buffer in originals:
             module._buffers[name] = buffer
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """As torch.manual_seed, which takes a millisecond where CUDA is not in use."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 def _is_pair(data: Any) -> bool:
