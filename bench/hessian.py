@@ -4,8 +4,9 @@
     python bench/hessian.py [--case mlp-small,mlp-mnist,resnet18] [--repeats 3] [--json FILE]
 
 The unit is the time of one full gradient (plain forward and backward on the same data), measured beside every
-run. A run starts from nothing, so that its time holds all that it builds; each of its five values must be right
-to 1e-3. Peers get the whole data set as one batch, and the cheapest setting with which they are right.
+run. A run starts from nothing, so its time holds all that it builds, and each of its five values must be right
+to 1e-3. Peers get the whole data set as one batch and the cheapest setting with which they are right; each
+repeat starts from another random vector.
 
 The truth comes from no contender: Ritz vectors of a Lanczos run with full reorthogonalisation, then
 Rayleigh-Ritz with float64 products, accepted on its float64 residuals; every other start must agree with it.
@@ -20,27 +21,29 @@ import copy
 import json
 import os
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import numpy as np
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 K, TOL = 5, 1e-3
 CRITERION = nn.CrossEntropyLoss()
 PACKAGES = ("samlite", "torch", "scipy", "pyhessian", "hessian-eigenthings", "curvlinops-for-pytorch")
 
-# ---- Cases: random inputs, labels by a random linear map, 5 epochs of SGD ----
+# ---- Cases -----------------------------------------------------------------------------------------------
 
 
 def mlp(*sizes: int) -> nn.Module:
@@ -75,16 +78,16 @@ def resnet18(width: int) -> nn.Module:
 class Case:
     title: str
     build: Callable[[], nn.Module]
-    shape: tuple[int, ...]  # of all inputs: (n, ...)
+    shape: tuple[int, ...]  # of the inputs, (n, ...)
     model: nn.Module = field(init=False)
     x: Tensor = field(init=False)
     y: Tensor = field(init=False)
     truth: np.ndarray = field(init=False)  # (K,), largest first
     sixth: float = field(init=False)
-    residual: float = field(init=False)  # the truth's largest, relative to its value
-    krylov: list[np.ndarray] = field(init=False)  # the tridiagonal matrix of each start
+    krylov: list[np.ndarray] = field(init=False)  # the tridiagonal matrix T of each start
 
     def train(self) -> None:
+        """Random inputs, labels by a random linear map, 5 epochs of SGD."""
         torch.manual_seed(0)
         self.x = torch.randn(self.shape)
         self.y = (self.x.flatten(1) @ torch.randn(self.x[0].numel(), 10)).argmax(1)
@@ -98,13 +101,17 @@ class Case:
         self.model.zero_grad()
         self.model.eval()
 
+    def gradient(self, create_graph: bool = False) -> tuple[Tensor, ...]:
+        loss = CRITERION(self.model(self.x), self.y)
+        return torch.autograd.grad(loss, list(self.model.parameters()), create_graph=create_graph)
+
     def start(self, seed: int) -> Tensor:
         """(p,) float32: the vector with which hessian-eigenthings starts for this seed."""
         size = sum(p.numel() for p in self.model.parameters())
         return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
     def error(self, values: Any) -> float:
-        """Largest relative error of the five values."""
+        """The largest relative error of five values."""
         return float(np.abs(np.sort(np.asarray(values))[::-1] / self.truth - 1).max())
 
 
@@ -114,34 +121,26 @@ CASES = {
     "resnet18": Case("ResNet-18, 16 filters, n 256, 32x32", lambda: resnet18(16), (256, 3, 32, 32)),
 }
 
-# ---- Truth and Krylov limit ----
+# ---- Truth and Krylov limit ------------------------------------------------------------------------------
 
 
-class Graph:
-    """The gradient of one batch, its graph kept for products H v."""
-
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
-        self.params = list(model.parameters())
-        self.grads = torch.autograd.grad(CRITERION(model(x), y), self.params, create_graph=True)
-
-    def product(self, parts: list[Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.grads, self.params, parts, retain_graph=True)
-
-    def __matmul__(self, v: Tensor) -> Tensor:
-        parts = v.split([p.numel() for p in self.params])
-        product = self.product([part.view_as(p) for part, p in zip(parts, self.params, strict=True)])
-        return torch.cat([h.flatten() for h in product])
+def matvec(grads: tuple[Tensor, ...], params: list[Tensor], v: Tensor) -> Tensor:
+    """H v in float64, computed in the precision of the model."""
+    parts = v.to(params[0].dtype).split([p.numel() for p in params])
+    parts = [part.view_as(p) for part, p in zip(parts, params, strict=True)]
+    product = torch.autograd.grad(grads, params, parts, retain_graph=True)
+    return torch.cat([h.flatten() for h in product]).double()
 
 
-def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, tol: float) -> tuple[np.ndarray, Tensor]:
-    """T (m, m) and the K top Ritz vectors (K, p) in float64, once their residuals are below tol * theta_K."""
+def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, tol: float) -> tuple[np.ndarray, Tensor]:
+    """T (m, m) and the top Ritz vectors (K, p) in float64, once their residuals are below tol * theta_K."""
     basis = torch.empty(min(150, len(start)), len(start), dtype=torch.float64)
     basis[0] = start / start.norm()
     alpha: list[float] = []
     beta: list[float] = []
     for m in range(1, len(basis)):
         q = basis[:m]
-        w = matvec(q[-1])
+        w = product(q[-1])
         alpha.append(float(q[-1] @ w))
         for _ in range(2):  # twice is enough for orthogonality to rounding
             w = w - (q @ w) @ q
@@ -155,30 +154,29 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, tol: float) -> tu
 
 
 def find_truth(case: Case, starts: int) -> None:
-    graph = Graph(case.model, case.x, case.y)
+    params, grads = list(case.model.parameters()), case.gradient(create_graph=True)
+    runs = [
+        lanczos(lambda v: matvec(grads, params, v), case.start(seed), 1e-3 if seed else 1e-6) for seed in range(starts)
+    ]
+    case.krylov = [t for t, _ in runs]
 
-    def matvec(v: Tensor) -> Tensor:
-        return (graph @ v.float()).double()
-
-    t, ritz = lanczos(matvec, case.start(0), tol=1e-6)
-    case.krylov = [t] + [lanczos(matvec, case.start(seed), tol=TOL)[0] for seed in range(1, starts)]
-
-    x = torch.linalg.qr(ritz.T)[0].T
+    x = torch.linalg.qr(runs[0][1].T)[0].T
     hx = torch.zeros_like(x)
     exact = copy.deepcopy(case.model).double()
+    params = list(exact.parameters())
     for inputs, targets in zip(case.x.double().split(64), case.y.split(64), strict=True):
-        graph = Graph(exact, inputs, targets)
-        hx += len(inputs) / len(case.x) * torch.stack([graph @ v for v in x])
+        loss = CRITERION(exact(inputs), targets) * len(inputs) / len(case.x)
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+        hx += torch.stack([matvec(grads, params, v) for v in x])
     values, s = torch.linalg.eigh(x @ hx.T)
-    residuals = (s.T @ hx - values[:, None] * (s.T @ x)).norm(dim=1)
+    residual = float((s.T @ hx - values[:, None] * (s.T @ x)).norm(dim=1).max())
 
     case.truth = values.numpy()[::-1]
-    case.sixth = float(np.linalg.eigvalsh(t)[-K - 1])
-    case.residual = float((residuals / values).max())
-    # The error of a value is at most residual^2 / gap.
-    doubt = max(case.residual**2 * case.truth[0] / (case.truth[-1] - case.sixth), 0)
-    if doubt > 1e-6 or any(case.error(np.linalg.eigvalsh(t)[-K:]) > TOL for t in case.krylov):
-        raise RuntimeError(f"no trustworthy truth for {case.title}: error {doubt:.1e}, or the starts disagree")
+    case.sixth = float(np.linalg.eigvalsh(case.krylov[0])[-K - 1])
+    doubt = residual**2 / (case.truth[-1] - case.sixth) / case.truth[-1]  # bounds the error: Kato and Temple
+    apart = max(case.error(np.linalg.eigvalsh(t)[-K:]) for t in case.krylov)
+    if not 0 <= doubt < 1e-6 or apart > TOL:
+        raise RuntimeError(f"{case.title}: no truth, error up to {doubt:.0e}, starts {apart:.0e} apart")
 
 
 def products_needed(case: Case, t: np.ndarray) -> int:
@@ -187,17 +185,20 @@ def products_needed(case: Case, t: np.ndarray) -> int:
     return max(wrong, default=K - 1) + 1
 
 
-# ---- Contenders: `settings` yields from the cheapest on; `run` returns the values and the products taken ----
+# ---- Contenders: `settings` from the cheapest on; `run` returns values and number of products -------------
+
+Outcome = tuple[Any, int | None]
 
 
 @dataclass(frozen=True)
 class Contender:
     name: str
+    label: str  # of a setting
     settings: Callable[[Case, int], Iterable[Any]]
-    run: Callable[[Case, Any, int], tuple[Any, int | None]]
+    run: Callable[[Case, Any, int], Outcome]
 
 
-def samlite_run(case: Case, verify: bool, seed: int) -> tuple[Any, int | None]:
+def samlite_run(case: Case, verify: bool, seed: int) -> Outcome:
     from samlite import Hessian
 
     hessian = Hessian(case.model, CRITERION, (case.x, case.y))
@@ -205,36 +206,52 @@ def samlite_run(case: Case, verify: bool, seed: int) -> tuple[Any, int | None]:
     return result.values, result.matvecs
 
 
-def pyhessian_run(case: Case, tol: float, seed: int) -> tuple[Any, int | None]:
+def pyhessian_run(case: Case, tol: float, seed: int) -> Outcome:
     from pyhessian import hessian
 
     torch.manual_seed(seed)
     peer = hessian(case.model, CRITERION, data=(case.x, case.y), cuda=False)
     values, _ = peer.eigenvalues(maxIter=1000, tol=tol, top_n=K)
-    case.model.zero_grad()  # its graph hangs on the .grad that it leaves behind
+    case.model.zero_grad()  # frees the graph that hangs on the .grad it leaves behind
     return values, None
 
 
-def eigenthings_run(case: Case, setting: tuple[str, int], seed: int) -> tuple[Any, int | None]:
+def eigenthings_run(case: Case, steps: int, seed: int) -> Outcome:
+    """Lanczos: its power iteration takes 5 to 10 times the products, its finite differences are wrong at ReLUs."""
     from hessian_eigenthings import HessianOperator, lanczos, supervised_loss
 
-    method, steps = setting
-    operator = HessianOperator(case.model, [(case.x, case.y)], supervised_loss(CRITERION), method=method)
+    operator = HessianOperator(case.model, [(case.x, case.y)], supervised_loss(CRITERION))
     result = lanczos(operator, k=K, max_iter=steps, which="LA", reorthogonalize=True, seed=seed)
     return result.eigenvalues, result.iterations
 
 
-def curvlinops_run(case: Case, setting: tuple[int, float], seed: int) -> tuple[Any, int | None]:
+def eigenthings_settings(case: Case, seed: int) -> Iterable[int]:
+    """Same start, same T: the Krylov limit says how many steps it needs."""
+    steps = products_needed(case, case.krylov[seed])
+    return range(steps, steps + 5)
+
+
+def curvlinops_run(case: Case, setting: tuple[int, float], seed: int) -> Outcome:
+    """Without its checks of the data, which cost a pass or two."""
     from curvlinops import HessianLinearOperator
 
     params, data = list(case.model.parameters()), [(case.x, case.y)]
     operator = HessianLinearOperator(
         case.model, CRITERION, params, data, check_deterministic=False, num_data=len(case.x)
-    ).to_scipy(np.float32)
-    return arpack(operator, case.start(seed).numpy(), *setting)
+    )
+    return arpack(operator.to_scipy(np.float32), case.start(seed).numpy(), *setting)
 
 
-def arpack(operator: Any, start: np.ndarray, ncv: int, tol: float) -> tuple[np.ndarray, int]:
+def curvlinops_settings(case: Case, seed: int) -> Iterable[tuple[int, float]]:
+    """(ncv, tol): ARPACK sees no more of H than its Krylov space, so T tells which take the fewest products."""
+    t = case.krylov[seed]
+    grid = [(ncv, tol) for ncv in range(2 * K, len(t)) for tol in (1.0, 0.1, 0.01, 0.001)]
+    tried = [(*arpack(t, np.eye(len(t))[0], *setting), setting) for setting in grid]
+    right = sorted((products, setting) for values, products, setting in tried if case.error(values) < TOL)
+    return [setting for _, setting in right[:5]]
+
+
+def arpack(operator: Any, start: np.ndarray, ncv: int, tol: float) -> Outcome:
     products = 0
 
     def matvec(v: np.ndarray) -> np.ndarray:
@@ -243,47 +260,37 @@ def arpack(operator: Any, start: np.ndarray, ncv: int, tol: float) -> tuple[np.n
         return operator @ v
 
     counted = LinearOperator(operator.shape, matvec=matvec, dtype=start.dtype)
-    return eigsh(counted, K, which="LA", v0=start, ncv=ncv, tol=tol)[0], products
-
-
-def curvlinops_settings(case: Case, seed: int) -> list[tuple[int, float]]:
-    """(ncv, tol), the fewest products first: ARPACK sees of H only its Krylov space, so try them on T."""
-    t = case.krylov[seed]
-    found = []
-    for ncv in range(2 * K, len(t)):
-        for tol in (1.0, 0.1, 0.01, 0.001):
-            try:
-                values, products = arpack(t, np.eye(len(t))[0], ncv, tol)
-            except ArpackNoConvergence:
-                continue
-            if case.error(values) < TOL:
-                found.append((products, (ncv, tol)))
-    return [setting for _, setting in sorted(found)]
-
-
-def eigenthings_settings(case: Case, seed: int) -> list[tuple[str, int]]:
-    """Lanczos steps; the same start and the same T as in the Krylov limit say how many."""
-    steps = products_needed(case, case.krylov[seed])
-    return [("autograd", m) for m in range(steps, steps + 10)]
+    values = eigsh(counted, K, which="LA", v0=start, ncv=ncv, tol=tol, return_eigenvectors=False)
+    return values, products
 
 
 CONTENDERS = (
-    Contender("samlite", lambda *_: [False], samlite_run),
-    Contender("samlite, verify", lambda *_: [True], samlite_run),
-    Contender("PyHessian", lambda *_: [1e-4, 5e-5, 2e-5, 1e-5, 5e-6, 2e-6, 1e-6], pyhessian_run),
-    Contender("hessian-eigenthings", eigenthings_settings, eigenthings_run),
-    Contender("curvlinops + ARPACK", curvlinops_settings, curvlinops_run),
+    Contender("samlite", "", lambda *_: [False], samlite_run),
+    Contender("samlite, verify", "", lambda *_: [True], samlite_run),
+    Contender("PyHessian", "tol {}", lambda *_: [2e-4, 1e-4, 5e-5, 3e-5, 2e-5, 1e-5, 5e-6, 2e-6], pyhessian_run),
+    Contender("hessian-eigenthings", "{} steps", eigenthings_settings, eigenthings_run),
+    Contender("curvlinops + ARPACK", "ncv {0[0]}, tol {0[1]}", curvlinops_settings, curvlinops_run),
 )
 
-# ---- Measurement ----
+# ---- Measurement -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Run:
-    gradients: float  # time over that of one full gradient
+    gradients: float  # its time, in full gradients
     error: float
-    setting: Any
+    setting: str
     products: int | None
+
+
+@dataclass(frozen=True)
+class Result:
+    title: str
+    truth: list[float]
+    product: float  # H v from a retained graph, in gradients
+    graph: float
+    needed: float  # products of the Krylov limit
+    runs: dict[str, list[Run]]
 
 
 def seconds(f: Callable[[], Any]) -> float:
@@ -297,58 +304,134 @@ def seconds(f: Callable[[], Any]) -> float:
     return median(times)
 
 
-def gradient_seconds(case: Case) -> float:
-    params = list(case.model.parameters())
-    return seconds(lambda: torch.autograd.grad(CRITERION(case.model(case.x), case.y), params))
-
-
-def in_gradients(case: Case, f: Callable[[], Any]) -> float:
-    before, elapsed, after = gradient_seconds(case), seconds(f), gradient_seconds(case)
-    return elapsed / mean((before, after))
+def limit_prices(case: Case) -> tuple[float, float]:
+    """A product from a retained graph, and building that graph, in gradients."""
+    params, grads = list(case.model.parameters()), case.gradient(create_graph=True)
+    v = [torch.randn_like(p) for p in params]
+    before = seconds(case.gradient)
+    product = seconds(lambda: torch.autograd.grad(grads, params, v, retain_graph=True))
+    graph = seconds(lambda: case.gradient(create_graph=True))
+    unit = mean((before, seconds(case.gradient)))
+    return product / unit, graph / unit
 
 
 def best_run(contender: Contender, case: Case, seed: int) -> Run:
     """The first run whose five values are right, else the most accurate."""
     runs = []
     for setting in contender.settings(case, seed):
-        before = gradient_seconds(case)
+        before = seconds(case.gradient)
         begin = time.perf_counter()
         values, products = contender.run(case, setting, seed)
         elapsed = time.perf_counter() - begin
-        unit = mean((before, gradient_seconds(case)))
-        runs.append(Run(elapsed / unit, case.error(values), setting, products))
+        unit = mean((before, seconds(case.gradient)))
+        runs.append(Run(elapsed / unit, case.error(values), contender.label.format(setting), products))
         if runs[-1].error < TOL:
             break
-    return min(runs, key=lambda r: r.error)
-
-
-@dataclass
-class Result:
-    product: float
-    graph: float
-    needed: list[int]  # products of each start
-    runs: dict[str, list[Run]]
-
-    @property
-    def limit(self) -> float:
-        return self.product * median(self.needed)
-
-    @property
-    def floor(self) -> float:
-        return self.limit + self.graph + self.product
+    return min(runs, key=lambda run: run.error)
 
 
 def measure(case: Case, contenders: Iterable[Contender], repeats: int) -> Result:
+    """Contenders take turns; each turn has its own random start."""
     case.train()
     find_truth(case, starts=repeats)
-    product, graph = [], []
-    runs: dict[str, list[Run]] = {c.name: [] for c in contenders}
+    prices, runs = [], {contender.name: [] for contender in contenders}
     for seed in range(repeats):
-        kept = Graph(case.model, case.x, case.y)
-        parts = [torch.randn_like(p) for p in kept.params]
-        product.append(in_gradients(case, lambda: kept.product(parts)))  # noqa: B023
-        graph.append(in_gradients(case, lambda: Graph(case.model, case.x, case.y)))
+        prices.append(limit_prices(case))
         for contender in contenders:
             runs[contender.name].append(best_run(contender, case, seed))
-    needed = [products_needed(case, t) for t in case.krylov]
-    return Result(median(product), median(graph), needed, runs)
+    product, graph = (median(price) for price in zip(*prices, strict=True))
+    needed = median(products_needed(case, t) for t in case.krylov)
+    return Result(case.title, case.truth.tolist(), product, graph, needed, runs)
+
+
+# ---- Report ----------------------------------------------------------------------------------------------
+
+
+def table(case: Case, result: Result) -> Table:
+    top = " ".join(f"{value:.4g}" for value in case.truth)
+    size = sum(p.numel() for p in case.model.parameters())
+    table = Table(
+        title=f"{case.title}, p {size:,}: {top}, the sixth {case.sixth:.4g}\n"
+        f"H v from a retained graph {result.product:.2f} gradients, building the graph {result.graph:.2f}",
+        title_justify="left",
+        box=SIMPLE,
+    )
+    for heading in ("", "setting", "products", "error", "gradients", "min .. max", "/ floor", "/ samlite"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    limit = result.product * result.needed
+    floor = limit + result.graph + result.product
+    ours = median(run.gradients for run in result.runs.get("samlite", [])) if "samlite" in result.runs else None
+
+    def row(name: str, products: str, gradients: list[float], setting: str = "", error: str = "") -> None:
+        middle = median(gradients)
+        spread = f"{min(gradients):.1f} .. {max(gradients):.1f}" if error else ""
+        ratio = f"{middle / ours:.2f}" if ours else "-"
+        table.add_row(name, setting, products, error, f"{middle:.1f}", spread, f"{middle / floor:.2f}", ratio)
+
+    row("Krylov limit", f"{result.needed:g}", [limit])
+    row("floor", f"{result.needed + 1:g}", [floor])
+    for name, runs in result.runs.items():
+        counts = [run.products for run in runs if run.products is not None]
+        error = max(run.error for run in runs)
+        row(
+            name,
+            f"{median(counts):g}" if counts else "",
+            [run.gradients for run in runs],
+            runs[0].setting,
+            f"{error:.0e}" if error < TOL else f"WRONG {error:.0e}",
+        )
+    return table
+
+
+def environment() -> dict[str, Any]:
+    """Versions, threads and hardware."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    found = {d.metadata["Name"].lower(): d.version for d in distributions()}
+    return {
+        "packages": {name: found.get(name, "not installed") for name in PACKAGES},
+        "hardware": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", default=",".join(CASES), help="which, separated by commas (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each contender (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run to FILE as well")
+    args = parser.parse_args()
+    names = args.case.split(",")
+    if not set(names) <= set(CASES):
+        parser.error(f"--case must be some of {','.join(CASES)}, got {args.case}")
+    if args.repeats < 1:
+        parser.error(f"--repeats must be >= 1, got {args.repeats}")
+
+    warnings.filterwarnings("ignore")  # the peers' deprecations
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    report = {**environment(), "cases": []}
+    console.print(*(f"{name} {number}" for name, number in report["packages"].items()), sep=", ")
+    console.print(f"{report['hardware']}, {report['threads']} threads")
+
+    warm_up = CASES["mlp-small"]  # imports and first calls are nobody's merit or fault
+    warm_up.train()
+    find_truth(warm_up, starts=1)
+    contenders = []
+    for contender in CONTENDERS:
+        try:
+            best_run(contender, warm_up, seed=0)
+            contenders.append(contender)
+        except ImportError as error:
+            console.print(f"{contender.name} is left out: {error}")
+
+    for name in names:
+        result = measure(CASES[name], contenders, args.repeats)
+        console.print(table(CASES[name], result))
+        report["cases"].append(asdict(result))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """What the commands share on screen: results on stdout, progress on stderr."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,9 +38,7 @@ def progress() -> Iterator[Progress]:
 
 def table(title: str, *columns: str) -> Table:
     """An empty table in the house style; a column whose name starts with ">" is aligned right."""
-    result = Table(
-        title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 0, 0, 1)
-    )
+    result = Table(title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for name in columns:
         side: JustifyMethod = "right" if name.startswith(">") else "left"
         result.add_column(name.removeprefix(">"), justify=side, overflow="fold")
@@ -63,3 +61,9 @@ def print_json(document: Any) -> None:
 def metric(value: float, name: str) -> str:
     """A metric as people read it: an accuracy in percent, a loss as it is."""
     return f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.4g}"
+
+
+def shortened(names: Sequence[str], most: int) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

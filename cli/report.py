@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from samlite.cli.console import print_json, stdout, table
+from samlite.cli.console import print_json, shortened, stdout, table
 from samlite.cli.options import existing, json_option
 
 if TYPE_CHECKING:
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 @click.command(short_help="Show a sweep's table, and draw its figure.")
 @click.argument("folder", metavar="SWEEP_DIR", callback=existing)
 @click.option(
-    "--figure", type=click.Path(path_type=Path), help="Draw improvement against parameters to this file."
+    "--figure",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Draw improvement against parameters to this file.",
 )
 @json_option
 def report(folder: Path, figure: Path | None, as_json: bool) -> None:
@@ -103,6 +106,5 @@ def _notes(found: "Report") -> list[str]:
         notes.append("SAM has no improvement where its base optimizer was not run with the same seeds.")
     for names, state in ((found.unfinished, "not finished"), (found.unmeasured, "without a converged λ_max")):
         if names and (state == "not finished" or any(outcome.sharpness for outcome in outcomes)):
-            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            notes.append(f"{len(names)} runs {state}: {shown}.")
+            notes.append(f"{len(names)} runs {state}: {shortened(names, 4)}.")
     return notes

@@ -7,16 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from samlite.cli.console import progress
-from samlite.cli.options import (
-    OPTIMIZERS,
-    Names,
-    Numbers,
-    json_option,
-    read_recipe,
-    recipe_options,
-    task_argument,
-)
+from samlite.cli import options
+from samlite.cli.console import progress, shortened
+from samlite.cli.options import json_option, read_recipe, recipe_options, task_argument
 from samlite.cli.report import present
 
 if TYPE_CHECKING:
@@ -25,13 +18,18 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Train and measure a grid of runs, and report.")
 @task_argument
+@click.option("--widths", callback=options.integers, metavar="N,...", required=True, help="Widths of the first layer.")
 @click.option(
-    "--widths", type=Numbers(int), required=True, help="Widths of the first layer, such as 8,32,128."
+    "--optimizers",
+    callback=options.optimizers,
+    metavar="NAME,...",
+    default="sgd,sam",
+    show_default=True,
+    help="Of sgd, adam, adamw, sam.",
 )
-@click.option("--optimizers", type=Names(OPTIMIZERS), default="sgd,sam", show_default=True)
 @click.option("--seeds", type=int, default=3, show_default=True, help="How many, counted from 0.")
 @click.option(
-    "--rhos", type=Numbers(float), default="", help="SAM's radii; the best on validation is reported."
+    "--rhos", callback=options.numbers, metavar="X,...", help="SAM's radii; the best on validation is reported."
 )
 @click.option(
     "--measure",
@@ -49,7 +47,7 @@ def sweep(
     widths: tuple[int, ...],
     optimizers: tuple[str, ...],
     seeds: int,
-    rhos: tuple[float, ...],
+    rhos: tuple[float, ...] | None,
     measure: str,
     jobs: int | None,
     out: Path | None,
@@ -76,9 +74,8 @@ def sweep(
     from samlite import sweep as sweeps
 
     overrides = read_recipe(config) | {name: value for name, value in recipe.items() if value is not None}
-    cells = sweeps.grid(
-        task, widths, optimizers, seeds, rhos, recipe=overrides, base=base, data=data, device=device
-    )
+    settings = {"base": base, "data": data, "device": device}
+    cells = sweeps.grid(task, widths, optimizers, seeds, rhos or (), recipe=overrides, **settings)
     folder = out or Path("runs") / task
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if jobs is None:
@@ -105,5 +102,5 @@ def _run(folder: Path, cells: "list[Config]", measure: bool, jobs: int) -> int:
             if event.state == "failed":
                 failures += 1
                 bar.console.print(f"{event.cell.name} failed: {event.reason}", soft_wrap=True)
-            bar.update(work, advance=event.state != "started", description=", ".join(running))
+            bar.update(work, advance=event.state != "started", description=shortened(running, 3))
     return failures

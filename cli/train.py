@@ -21,18 +21,10 @@ if TYPE_CHECKING:
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="sgd", show_default=True)
 @click.option("--rho", type=float, help="Radius of SAM's perturbation.")
 @recipe_options
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of the initial weights and the order of batches."
-)
-@click.option(
-    "--measure", type=click.Choice(["eigenvalues"]), help="Measure the sharpness of the minimum, too."
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of the run; default runs/TASK-OPTIMIZER-wN-sN."
-)
-@click.option(
-    "--resume/--no-resume", default=True, help="Continue what is in the folder, or insist on an empty one."
-)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the initial weights and the order of batches.")
+@click.option("--measure", type=click.Choice(["eigenvalues"]), help="Measure the sharpness of the minimum, too.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; default runs/TASK-OPTIMIZER-wN-sN.")
+@click.option("--resume/--no-resume", default=True, help="Continue what is in the folder, or insist on an empty one.")
 @json_option
 @click.option("--stop-with-stdin", is_flag=True, hidden=True)
 def train(
@@ -101,7 +93,7 @@ def _measure(settings: "Config", folder: Path, bar: Progress) -> bool:
     work = bar.add_task(f"{settings.name}: measuring", total=None)
 
     def show(products: int, error: float) -> None:
-        bar.update(work, completed=products, description=f"{settings.name}: measuring, products")
+        bar.update(work, completed=products, description=f"{settings.name}: measuring, Hessian products")
 
     return bool(measure_run(folder, progress=show).converged)
 

@@ -117,9 +117,7 @@ def plot(report: Report, path: Path) -> None:
             if outcome.improvement:
                 curves[name].append((row.parameters, outcome.improvement))
     if not curves:
-        raise ValueError(
-            "a figure needs SAM and its base optimizer with the same seed, at one width at least"
-        )
+        raise ValueError("a figure needs SAM and its base optimizer with the same seed, at one width at least")
     percent = 100 if report.metric == "accuracy" else 1
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.add_subplot()

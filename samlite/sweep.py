@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -64,7 +64,7 @@ def grid(
     return list(dict.fromkeys(cells))
 
 
-def run(folder: Path, cells: Sequence[Config], *, measure: bool = False, jobs: int = 1) -> Iterator[Event]:
+def run(folder: Path, cells: Sequence[Config], *, measure: bool = False, jobs: int = 1) -> Generator[Event, None, None]:
     """Run the cells that are not finished, `jobs` at a time, and yield what happens.
 
     The cells join those that the folder's sweep.json already records. Closing the iterator stops the

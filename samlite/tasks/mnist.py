@@ -62,15 +62,11 @@ def _decode(table: Any, place: str) -> TensorData:
 
     for column in ("image", "label"):
         if column not in table.column_names:
-            raise ValueError(
-                f"{place}: no column {column!r}, only {', '.join(map(repr, table.column_names))}"
-            )
+            raise ValueError(f"{place}: no column {column!r}, only {', '.join(map(repr, table.column_names))}")
     if not len(table):
         raise ValueError(f"{place}: no rows")
     encoded = table.cast_column("image", Image(decode=False))["image"]
-    pixels = np.stack(
-        [_pixels(image, f"{place}, column 'image', row {i}") for i, image in enumerate(encoded)]
-    )
+    pixels = np.stack([_pixels(image, f"{place}, column 'image', row {i}") for i, image in enumerate(encoded)])
     labels = [_label(label, f"{place}, column 'label', row {i}") for i, label in enumerate(table["label"])]
     inputs = (torch.from_numpy(pixels).flatten(1).float() / 255 - MEAN) / STD
     return TensorData(inputs, torch.tensor(labels))
@@ -84,9 +80,7 @@ def _pixels(image: Any, place: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
     except Exception as error:  # a missing value, no image, or a broken one
         raise ValueError(f"{place}: not a readable image") from error
     if pixels.shape != (28, 28):
-        raise ValueError(
-            f"{place}: an image must be 28 by 28 pixels, got {' by '.join(map(str, pixels.shape))}"
-        )
+        raise ValueError(f"{place}: an image must be 28 by 28 pixels, got {' by '.join(map(str, pixels.shape))}")
     return pixels
 
 

@@ -26,17 +26,13 @@ class TensorData:
     def to(self, device: torch.device | str) -> "TensorData":
         return TensorData(self.inputs.to(device), self.targets.to(device))
 
-    def batches(
-        self, batch_size: int, generator: torch.Generator | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """All samples once, the last batch possibly smaller; shuffled by the generator, else in order.
 
         The generator lives on the CPU, so that every device sees the same order.
         """
         if generator is None:
-            yield from zip(
-                torch.split(self.inputs, batch_size), torch.split(self.targets, batch_size), strict=True
-            )
+            yield from zip(torch.split(self.inputs, batch_size), torch.split(self.targets, batch_size), strict=True)
             return
         order = torch.randperm(len(self), generator=generator).to(self.inputs.device)
         for rows in torch.split(order, batch_size):

@@ -1,0 +1,90 @@
+"""What several test files share."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before `datasets` is imported: no network, and no traces in the user's cache.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="samlite-tests-")
+
+import pytest
+
+
+@dataclass
+class Result:
+    """How a command line ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run the command line in this process, which is fast; `process` is the real thing."""
+    from samlite.cli import main
+
+    def run(*arguments: str) -> Result:
+        with pytest.raises(SystemExit) as end:
+            main(list(map(str, arguments)))
+        captured = capsys.readouterr()
+        return Result(end.value.code or 0, captured.out, captured.err)
+
+    return run
+
+
+def command(*arguments: object) -> list[str]:
+    """The command line as a process of its own."""
+    return [sys.executable, "-m", "samlite.cli", *map(str, arguments)]
+
+
+def process(*arguments: object, cwd: Path | None = None) -> Result:
+    """Run the command line in a process of its own."""
+    done = subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=300)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Everything in a folder but the times, so that equal contents compare equal."""
+    return {
+        str(path.relative_to(folder)): _content(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def _content(path: Path) -> Any:
+    if path.suffix == ".json":
+        return _without_seconds(json.loads(path.read_text()))
+    if path.suffix == ".jsonl":
+        return [_without_seconds(json.loads(line)) for line in path.read_text().splitlines()]
+    if path.suffix == ".pt":
+        import torch
+
+        return _without_seconds(torch.load(path, weights_only=True))
+    return path.read_bytes()
+
+
+def _without_seconds(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_seconds(each) for key, each in value.items() if key != "seconds"}
+    if isinstance(value, list):
+        return [_without_seconds(each) for each in value]
+    if hasattr(value, "numpy"):
+        return value.dtype, value.shape, value.numpy().tobytes()
+    return value
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real data sets that SAMLITE_DATA names."""
+    if "SAMLITE_DATA" not in os.environ:
+        pytest.skip("SAMLITE_DATA is not set")
+    return Path(os.environ["SAMLITE_DATA"])

@@ -1,0 +1,178 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from samlite.checkpoints import write_json
+from samlite.config import Config
+from samlite.report import Interval, Report, count_in_short, plot, student_t, summarize
+
+SGD = [0.90, 0.92, 0.91]
+SAM = [0.93, 0.92, 0.94]
+
+
+class Sweep:
+    """A folder that looks like a sweep, with results made up."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.cells = folder, []
+
+    def add(
+        self, test: float | None, *, validation: float = 0.9, best: float = 0.95, sharpness: Any = None, **choices: Any
+    ) -> None:
+        config = Config.of(**{"task": "digits", "width": 8, "device": "cpu", **choices})
+        self.cells.append(config.to_json())
+        write_json(self.folder / "sweep.json", {"cells": self.cells})
+        run = self.folder / config.name
+        run.mkdir()
+        write_json(run / "config.json", config.to_json())
+        if test is not None:
+            final = {"test_metric": test, "validation_metric": validation, "validation_loss": 1 - validation}
+            end = {"final": final, "best": {"test_metric": best}, "parameters": 587, "interpolates": test > 0.925}
+            write_json(run / "result.json", end)
+        if sharpness is not None:
+            found = {"which": "LA", "converged": True, "values": [sharpness]}
+            write_json(run / "sharpness.json", {"eigenvalues": found})
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    return Sweep(tmp_path)
+
+
+def test_quantiles_of_student_t_are_those_of_scipy() -> None:
+    for degrees in [*range(1, 40), 100, 1001]:
+        assert student_t(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-12)
+    assert student_t(5, 0.99) == pytest.approx(stats.t.ppf(0.995, 5), rel=1e-12)
+
+
+def test_an_interval_is_student_t_at_95_percent() -> None:
+    values = np.random.default_rng(0).normal(size=7)
+    interval = Interval.of(values.tolist())
+    low, high = stats.t.interval(0.95, 6, loc=values.mean(), scale=stats.sem(values))
+    assert interval is not None and interval.half_width is not None and interval.n == 7
+    assert interval.mean - interval.half_width == pytest.approx(low, rel=1e-12)
+    assert interval.mean + interval.half_width == pytest.approx(high, rel=1e-12)
+
+
+def test_one_value_has_no_interval_and_none_has_no_mean() -> None:
+    assert Interval.of([3.0]) == Interval(3.0, None, 1)
+    assert Interval.of([]) is None
+
+
+def test_the_improvement_is_paired_by_seed(sweep: Sweep) -> None:
+    for seed in range(3):
+        sweep.add(SGD[seed], optimizer="sgd", seed=seed, sharpness=10.0 + seed)
+        sweep.add(SAM[2 - seed], optimizer="sam", seed=2 - seed)  # in another order
+    (row,) = summarize(sweep.folder).rows
+    gains = np.subtract(SAM, SGD)
+    improvement = row.optimizers["sam"].improvement
+    assert improvement is not None
+    assert improvement.mean == pytest.approx(gains.mean(), rel=1e-12)
+    assert improvement.half_width == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem(gains), rel=1e-12)
+    assert row.parameters == 587
+    assert row.optimizers["sgd"].metric.mean == pytest.approx(np.mean(SGD))
+    assert row.optimizers["sgd"].improvement is None and row.optimizers["sgd"].rho is None
+    assert row.optimizers["sgd"].sharpness == Interval.of([10.0, 11.0, 12.0])
+    assert row.optimizers["sam"].sharpness is None and row.optimizers["sam"].interpolating == 2
+
+
+def test_of_several_rhos_the_one_best_on_validation_counts_even_if_another_is_better_on_test(sweep: Sweep) -> None:
+    for seed in range(2):
+        sweep.add(0.90, optimizer="sgd", seed=seed)
+        sweep.add(0.99, optimizer="sam", rho=0.05, seed=seed, validation=0.90)
+        sweep.add(0.92, optimizer="sam", rho=0.1, seed=seed, validation=0.95)
+    sweep.add(0.91, optimizer="sam", rho=0.2, seed=0, validation=1.0)  # lucky, but one seed only
+    outcome = summarize(sweep.folder).rows[0].optimizers["sam"]
+    assert outcome.rho == 0.1 and outcome.metric.mean == 0.92
+    assert outcome.improvement is not None and outcome.improvement.mean == pytest.approx(0.02)
+
+
+def test_a_lower_loss_is_an_improvement_with_its_sign_turned(sweep: Sweep) -> None:
+    for optimizer, loss in [("sgd", 0.5), ("sam", 0.3)]:
+        sweep.add(loss, task="synthetic", optimizer=optimizer)
+    outcome = summarize(sweep.folder).rows[0].optimizers["sam"]
+    assert outcome.improvement == Interval(pytest.approx(0.2), None, 1)
+
+
+def test_only_seeds_that_both_have_are_compared_and_without_a_base_none(sweep: Sweep) -> None:
+    sweep.add(0.90, optimizer="adam", seed=0)
+    sweep.add(None, optimizer="adam", seed=1)
+    sweep.add(0.91, optimizer="sam", base="adam", seed=0)
+    sweep.add(0.99, optimizer="sam", base="adam", seed=1)
+    sweep.add(0.95, optimizer="sam", base="adamw", seed=0)
+    found = summarize(sweep.folder)
+    outcomes = found.rows[0].optimizers
+    assert outcomes["sam-adam"].improvement == Interval(pytest.approx(0.01), None, 1)
+    assert outcomes["sam-adam"].metric.n == 2 and outcomes["sam-adamw"].improvement is None
+    assert found.unfinished == ("adam-w8-s1",)
+
+
+def test_rows_are_ordered_by_width_and_json_holds_the_report(sweep: Sweep) -> None:
+    for width in (32, 8):
+        sweep.add(0.9, optimizer="sgd", width=width, sharpness=1.0 if width == 8 else None)
+    found = summarize(sweep.folder)
+    assert [row.width for row in found.rows] == [8, 32]
+    assert found.unmeasured == ("sgd-w32-s0",)
+    document = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert document["rows"][0]["optimizers"]["sgd"]["sharpness"] == {"mean": 1.0, "half_width": None, "n": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("result.json", "{}", "a result.json that no run wrote"),
+        ("result.json", '{"final": 3}', "a result.json that no run wrote"),
+        ("result.json", "{", "result.json must be a JSON file"),
+        ("sharpness.json", '{"eigenvalues": {"which": "LA", "converged": true}}', "is not a measurement"),
+        ("sharpness.json", "[]", "sharpness.json must hold a JSON object"),
+        ("config.json", "{}", "config.json must hold the field 'task'"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(sweep: Sweep, name: str, text: str, message: str) -> None:
+    sweep.add(0.9, optimizer="sgd")
+    (sweep.folder / "sgd-w8-s0" / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        summarize(sweep.folder)
+
+
+def test_a_sweep_without_a_finished_run_has_no_report(sweep: Sweep) -> None:
+    sweep.add(None, optimizer="sgd")
+    with pytest.raises(ValueError, match="must hold a finished run; repeat its sweep"):
+        summarize(sweep.folder)
+
+
+@pytest.fixture
+def found(sweep: Sweep) -> Report:
+    for width in (8, 32):
+        for seed in range(3):
+            sweep.add(SGD[seed], optimizer="sgd", seed=seed, width=width)
+            sweep.add(SAM[seed], optimizer="sam", seed=seed, width=width)
+    return summarize(sweep.folder)
+
+
+@pytest.mark.parametrize(("suffix", "head"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")])
+def test_the_figure_is_written_in_the_format_of_its_suffix(
+    tmp_path: Path, found: Report, suffix: str, head: bytes
+) -> None:
+    pytest.importorskip("matplotlib")
+    plot(found, tmp_path / f"figure{suffix}")
+    assert (tmp_path / f"figure{suffix}").read_bytes().startswith(head)
+
+
+def test_a_figure_of_nothing_or_of_no_known_format_is_refused(tmp_path: Path, found: Report, sweep: Sweep) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="figure must end in a format such as .png or .pdf"):
+        plot(found, tmp_path / "figure.docx")
+    with pytest.raises(ValueError, match="a figure needs SAM and its base optimizer"):
+        plot(Report("digits", "accuracy", True, (), (), ()), tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(587, "587"), (2563, "2.6k"), (14307, "14k"), (99841, "100k"), (5366010, "5.4M"), (3e9, "3.0B")]
+)
+def test_numbers_of_parameters_are_shortened(count: float, text: str) -> None:
+    assert count_in_short(count) == text

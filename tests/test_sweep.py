@@ -1,0 +1,186 @@
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import command, contents, process
+
+from samlite import checkpoints, sweep
+from samlite.checkpoints import write_json
+from samlite.config import Config
+from samlite.sweep import Event, finished, grid
+
+pytest.importorskip("sklearn")
+
+QUICK: dict[str, Any] = {"recipe": {"epochs": 2}, "device": "cpu"}
+
+
+def names(events: list[Event], state: str) -> set[str]:
+    return {event.cell.name for event in events if event.state == state}
+
+
+def children() -> list[int]:
+    return list(map(int, subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True).stdout.split()))
+
+
+def test_a_grid_has_a_cell_for_every_width_seed_optimizer_and_rho() -> None:
+    cells = grid("digits", [8, 16], ["sgd", "sam"], seeds=2, rhos=[0.05, 0.1])
+    assert [(c.width, c.seed, c.optimizer, c.rho) for c in cells] == [
+        (width, seed, optimizer, rho)
+        for width in (8, 16)
+        for seed in (0, 1)
+        for optimizer, rho in [("sgd", 0), ("sam", 0.05), ("sam", 0.1)]
+    ]
+
+
+def test_a_grid_holds_each_cell_once() -> None:
+    assert len(grid("digits", [8, 8], ["sgd", "sgd"], seeds=1)) == 1
+
+
+def test_sam_wraps_the_first_other_optimizer_of_a_grid() -> None:
+    bases = {c.optimizer: (c.base, c.lr) for c in grid("digits", [8], ["adamw", "sam"], seeds=1)}
+    assert bases["sam"] == bases["adamw"] == ("adamw", 1e-3)
+    assert [c.base for c in grid("digits", [8], ["sam"], seeds=1)] == ["sgd"]
+    assert [c.base for c in grid("digits", [8], ["sgd", "sam"], seeds=1, base="adam")] == ["sgd", "adam"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": 0}, "seeds must be >= 1, got 0"),
+        ({"widths": [0]}, "width must be >= 1, got 0"),
+        ({"optimizers": ["sgd"], "rhos": [0.1]}, "rhos must go with sam among the optimizers, got sgd"),
+        ({"rhos": [-0.1]}, "rho must be >= 0, got -0.1"),
+        ({"recipe": {"widht": 3}}, "a recipe holds .* got 'widht'"),
+        ({"widths": []}, "widths must name at least one"),
+        ({"optimizers": []}, "optimizers must name at least one"),
+    ],
+)
+def test_a_bad_grid_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        grid(**{"task": "digits", "widths": [8], **arguments})
+
+
+def test_a_sweep_survives_killed_and_failing_cells_retries_them_and_grows(tmp_path: Path) -> None:
+    cells = grid("synthetic", [8], ["sgd", "adam", "sam"], seeds=1, **QUICK)
+    spoiled, victim, good = cells
+    write_json(tmp_path / "sweep.json", {"cells": []})
+    (tmp_path / spoiled.name).mkdir()
+    (tmp_path / spoiled.name / "thesis.tex").write_text("years of work")
+
+    events = []
+    for event in sweep.run(tmp_path, cells, jobs=2):
+        events.append(event)
+        if event == Event(victim, "started"):
+            os.kill(max(children()), signal.SIGKILL)
+    reasons = {event.cell: event.reason for event in events if event.state == "failed"}
+    assert reasons.keys() == {spoiled, victim} and names(events, "finished") == {good.name}
+    assert "must be empty or hold a run" in reasons[spoiled]
+    assert reasons[victim] == "ended by SIGKILL; repeat the command to continue"
+
+    (tmp_path / spoiled.name / "thesis.tex").unlink()
+    more = grid("synthetic", [9], ["sgd"], seeds=1, **QUICK)
+    events = list(sweep.run(tmp_path, cells + more, jobs=2))
+    assert names(events, "done") == {good.name}
+    assert names(events, "finished") == {spoiled.name, victim.name, "sgd-w9-s0"}
+    assert sweep.read(tmp_path) == cells + more
+
+    before = contents(tmp_path)
+    assert {event.state for event in sweep.run(tmp_path, cells + more)} == {"done"}
+    assert contents(tmp_path) == before
+
+
+def test_closing_a_sweep_or_killing_it_ends_its_cells(tmp_path: Path) -> None:
+    events = sweep.run(tmp_path / "closed", grid("synthetic", [8], seeds=1, **QUICK), jobs=2)
+    assert [next(events).state, next(events).state] == ["started", "started"]
+    assert len(children()) == 2
+    events.close()
+    assert not children()
+
+    options = (
+        "sweep",
+        "synthetic",
+        "--widths",
+        8,
+        "--seeds",
+        1,
+        "--epochs",
+        10**6,
+        "--jobs",
+        2,
+        "--out",
+        tmp_path / "killed",
+    )
+    with subprocess.Popen(command(*options)) as running:
+        folders = [tmp_path / "killed" / name for name in ("sgd-w8-s0", "sam-rho0.1-w8-s0")]
+        while not all((folder / "config.json").exists() for folder in folders):
+            assert running.poll() is None
+            time.sleep(0.02)
+        running.kill()
+    for folder in folders:  # the lock of a cell is free once its process is gone
+        with checkpoints.locked(folder):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (grid("digits", [16], seeds=1, recipe={"epochs": 3}, device="cpu"), "epochs 2 there, 3 now"),
+        (grid("synthetic", [16], seeds=1, recipe={"epochs": 2}, device="cpu"), "task digits there, synthetic now"),
+        (grid("digits", [16], seeds=1, recipe={"epochs": 2, "lr": 1.0}, device="cpu"), "lr 0.05 there, 1.0 now"),
+    ],
+)
+def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path, cells: list[Config], message: str) -> None:
+    write_json(tmp_path / "sweep.json", {"cells": [cell.to_json() for cell in grid("digits", [8], seeds=1, **QUICK)]})
+    with pytest.raises(ValueError, match=rf"holds another sweep \(.*{message}.*\); choose another folder"):
+        next(sweep.run(tmp_path, cells))
+
+
+def test_a_folder_that_holds_no_sweep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be the folder of a sweep, but it has no sweep.json"):
+        sweep.read(tmp_path)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="must be empty or hold a sweep"):
+        next(sweep.run(tmp_path, grid("digits", [8], seeds=1)))
+    for text in ("{", "[]", "{}", '{"cells": 3}', '{"cells": [3]}', '{"cells": [{}]}'):
+        (tmp_path / "sweep.json").write_text(text)
+        with pytest.raises(ValueError, match="sweep.json"):
+            sweep.read(tmp_path)
+
+
+def test_two_sweeps_cannot_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "PATIENCE", 0.1)
+    with (
+        checkpoints.locked(tmp_path),
+        pytest.raises(BlockingIOError, match="in use by another process"),
+    ):
+        next(sweep.run(tmp_path, grid("digits", [8], seeds=1)))
+
+
+def test_a_cell_is_finished_by_its_own_result_and_a_converged_measurement(tmp_path: Path) -> None:
+    cell, other = grid("digits", [8], ["sgd"], seeds=2, **QUICK)
+    assert not finished(tmp_path, cell, measure=False)
+    write_json(tmp_path / "config.json", cell.to_json())
+    write_json(tmp_path / "result.json", {})
+    assert finished(tmp_path, cell, measure=False) and not finished(tmp_path, other, measure=False)
+    assert not finished(tmp_path, cell, measure=True)
+    measured = {"which": "LA", "values": [2.0], "converged": True}
+    for change, expected in [({}, True), ({"converged": False}, False), ({"which": "SA"}, False)]:
+        write_json(tmp_path / "sharpness.json", {"eigenvalues": {**measured, **change}})
+        assert finished(tmp_path, cell, measure=True) == expected
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_twenty_random_moments_is_completed_bit_for_bit(tmp_path: Path) -> None:
+    options = ("sweep", "--widths", "8,16", "--seeds", 2, "--epochs", 1500, "--jobs", 2, "--out")
+    for _ in range(20):
+        with subprocess.Popen(command(*options, tmp_path / "killed"), stdout=subprocess.DEVNULL) as victim:
+            time.sleep(random.uniform(0.5, 8))
+            victim.kill()
+    assert process(*options, tmp_path / "killed").status == 0
+    assert process(*options, tmp_path / "whole").status == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

@@ -1,0 +1,364 @@
+import json
+import random
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import command, contents, process
+
+from samlite import checkpoints, tasks, training
+from samlite.config import Config
+from samlite.training import TrainingError, evaluate, learning_rate, load_run, train
+
+pytest.importorskip("sklearn")
+
+
+def digits(**choices: Any) -> Config:
+    return Config.of("digits", **{"width": 8, "epochs": 4, "device": "cpu", **choices})
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
+# The recipe of a run
+
+
+def test_a_config_takes_the_recipe_then_the_overrides_then_the_choices() -> None:
+    config = Config.of("digits", {"lr": 0.2, "epochs": 7}, lr=0.3, optimizer="sam")
+    assert (config.lr, config.epochs, config.rho, config.base) == (0.3, 7, 0.1, "sgd")
+    adam = Config.of("digits", {"rho": 0.5}, optimizer="adam")
+    assert (adam.lr, adam.momentum, adam.rho) == (1e-3, 0, 0)  # fields of others do not apply
+
+
+def test_a_config_survives_json() -> None:
+    config = digits(optimizer="sam", base="adamw", schedule="cosine")
+    assert Config.from_json(json.loads(json.dumps(config.to_json())), "here") == config
+
+
+def test_the_name_of_a_run_tells_the_cells_of_a_sweep_apart() -> None:
+    runs = [digits(optimizer=name, seed=seed) for name in ("sgd", "adam", "sam") for seed in (0, 1)]
+    runs += [digits(optimizer="sam", base="adam"), digits(optimizer="sam", rho=0.2), digits(width=9)]
+    assert len({run.name for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"width": 0}, "width must be >= 1, got 0"),
+        ({"width": 2.5}, "width must be an integer, got 2.5"),
+        ({"width": True}, "width must be an integer, got True"),
+        ({"width": 10**30}, "width must be >= 1 and below 2.63"),
+        ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, adamw, sam, got 'lion'"),
+        ({"optimizer": "sam", "base": "sam"}, "base must be one of sgd, adam, adamw, got 'sam'"),
+        ({"rho": 0.1}, "rho must be 0 without SAM, got 0.1; use optimizer sam"),
+        ({"optimizer": "sam", "rho": -1.0}, "rho must be >= 0, got -1.0"),
+        ({"base": "adam"}, "base must go with optimizer sam"),
+        ({"optimizer": "adam", "momentum": 0.5}, "momentum must be 0 for adam"),
+        ({"lr": 0.0}, "lr must be > 0, got 0.0"),
+        ({"lr": float("nan")}, "lr must be > 0, got nan"),
+        ({"lr": float("inf")}, "lr must be > 0, got inf"),
+        ({"lr": "0.1"}, "lr must be a number, got '0.1'"),
+        ({"momentum": 1.0}, "momentum must be >= 0 and < 1, got 1.0"),
+        ({"weight_decay": -1e-4}, "weight_decay must be >= 0"),
+        ({"batch_size": 0}, "batch_size must be >= 1"),
+        ({"epochs": 0}, "epochs must be >= 1"),
+        ({"schedule": "linear"}, "schedule must be one of step, cosine, constant, got 'linear'"),
+        ({"milestones": (0.5, 1.5)}, "milestones must be > 0 and < 1, got 1.5"),
+        ({"milestones": (0.5,), "schedule": "cosine"}, "milestones must go with the step schedule"),
+        ({"seed": -1}, "seed must be >= 0"),
+        ({"threads": 0}, "threads must be >= 1"),
+        ({"device": "gpu"}, "device must be a name such as cpu or cuda:0, got 'gpu'"),
+        ({"data": "somewhere"}, "data of task digits must not be given"),
+    ],
+)
+def test_a_bad_choice_is_refused_with_its_rule(choices: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        digits(**choices)
+
+
+def test_a_field_that_no_recipe_has_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(ValueError, match=r"got 'momentun'; did you mean momentum\?"):
+        Config.of("digits", {"momentun": 0.5})
+
+
+def test_a_width_beyond_memory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="width must leave a network that fits in memory"):
+        list(train(digits(width=10**15), tmp_path))
+
+
+def test_a_device_that_cannot_compute_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device must be usable here, got 'meta'"):
+        list(train(digits(device="meta"), tmp_path))
+
+
+def test_schedules_follow_their_formulas() -> None:
+    step = digits(lr=1.0, epochs=8, milestones=(0.25, 0.5, 0.75))
+    assert [learning_rate(step, epoch) for epoch in range(1, 9)] == [1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    cosine = digits(lr=1.0, epochs=4, schedule="cosine")
+    expected = [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4]
+    assert [learning_rate(cosine, epoch) for epoch in range(1, 5)] == pytest.approx(expected, abs=1e-15)
+    constant = digits(lr=0.3, schedule="constant")
+    assert {learning_rate(constant, epoch) for epoch in range(1, 5)} == {0.3}
+
+
+# Training
+
+
+def test_digits_are_learned_to_96_percent_by_the_recipe(tmp_path: Path) -> None:
+    list(train(Config.of("digits", device="cpu"), tmp_path))
+    end = result(tmp_path)
+    assert end["final"]["test_metric"] >= 0.96
+    assert end["parameters"] == 64 * 32 + 32 + 32 * 11 + 11 + 11 * 10 + 10
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "sam"])
+def test_every_optimizer_lowers_the_loss(tmp_path: Path, optimizer: str) -> None:
+    losses = [record.train_loss for record in train(digits(optimizer=optimizer, width=32), tmp_path)]
+    assert losses[-1] < losses[0]
+
+
+def test_runs_are_paired_sam_without_radius_repeats_its_base_optimizer(tmp_path: Path) -> None:
+    list(train(digits(), tmp_path / "sgd"))
+    list(train(digits(optimizer="sam", rho=0.0), tmp_path / "sam"))
+    sgd, sam = contents(tmp_path / "sgd"), contents(tmp_path / "sam")
+    for name in ("metrics.jsonl", "model.safetensors", "result.json"):
+        assert sgd[name] == sam[name]
+
+
+def test_sam_takes_two_gradients_a_step_and_ends_elsewhere(tmp_path: Path) -> None:
+    list(train(digits(), tmp_path / "sgd"))
+    list(train(digits(optimizer="sam"), tmp_path / "sam"))
+    steps = 4 * 29  # epochs times batches of 32 out of 900
+    assert result(tmp_path / "sgd")["gradient_evaluations"] == steps
+    assert result(tmp_path / "sam")["gradient_evaluations"] == 2 * steps
+    assert result(tmp_path / "sgd")["final"] != result(tmp_path / "sam")["final"]
+
+
+def test_another_seed_gives_another_run(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        list(train(digits(seed=seed), tmp_path / str(seed)))
+    assert metrics(tmp_path / "0")[0]["train_loss"] != metrics(tmp_path / "1")[0]["train_loss"]
+
+
+def test_training_leaves_the_random_state_and_the_threads_of_the_caller(tmp_path: Path) -> None:
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    list(train(digits(epochs=1), tmp_path))
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+
+
+def test_the_files_of_a_run_agree_with_each_other(tmp_path: Path) -> None:
+    config = digits(width=32, epochs=6)
+    records = list(train(config, tmp_path))
+    assert Config.from_json(json.loads((tmp_path / "config.json").read_text()), "config.json") == config
+    assert metrics(tmp_path) == [vars(record) for record in records]
+    end = result(tmp_path)
+    best = max(records, key=lambda record: (record.validation_metric, -record.validation_loss))
+    assert end["best"]["epoch"] == best.epoch and end["best"]["validation_metric"] == best.validation_metric
+    assert end["final"]["train_loss"] == records[-1].train_loss and not end["interpolates"]
+
+    run = load_run(tmp_path)
+    assert not run.model.training and run.config == config and run.task is tasks.get("digits")
+    loss, accuracy = evaluate(run.model, run.task, run.data.test)
+    assert (loss, accuracy) == (end["final"]["test_loss"], end["final"]["test_metric"])
+    loss, accuracy = evaluate(run.model, run.task, run.data.train)
+    assert (loss, accuracy) == (records[-1].train_loss, records[-1].train_metric)
+
+
+def test_a_run_interpolates_once_it_fits_every_label_with_next_to_no_loss(tmp_path: Path) -> None:
+    list(train(digits(width=128, epochs=60, batch_size=16), tmp_path))
+    final = result(tmp_path)["final"]
+    assert final["train_metric"] == 1 and final["train_loss"] < 1e-3  # else this test shows nothing
+    assert result(tmp_path)["interpolates"]
+
+
+def test_the_mean_loss_weighs_samples_not_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = tasks.get("digits")
+    model, data = task.model(8).double(), task.load(None, 0).validation
+    data = replace(data, inputs=data.inputs.double())
+    outputs = model(data.inputs)
+    expected = task.loss(outputs, data.targets).item(), (outputs.argmax(1) == data.targets).double().mean().item()
+    monkeypatch.setattr(training, "CHUNK", 7)
+    assert evaluate(model, task, data) == pytest.approx(expected, rel=1e-14)  # rounding of 15 sums
+
+
+def test_a_regression_is_scored_by_its_loss_and_lower_is_better(tmp_path: Path) -> None:
+    config = Config.of("synthetic", width=32, epochs=6, lr=0.05, device="cpu")
+    records = list(train(config, tmp_path))
+    assert all(record.validation_metric == record.validation_loss for record in records)
+    best = min(records, key=lambda record: record.validation_loss)
+    assert result(tmp_path)["best"]["epoch"] == best.epoch
+
+
+def test_a_batch_larger_than_the_data_is_full_batch_training(tmp_path: Path) -> None:
+    list(train(digits(batch_size=10**6), tmp_path))
+    assert result(tmp_path)["gradient_evaluations"] == 4
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{"optimizer": "sgd"}, {"optimizer": "adam"}, {"optimizer": "adamw", "schedule": "cosine"}]
+    + [{"optimizer": "sam", "base": base} for base in ("sgd", "adam")],
+    ids=lambda choices: "-".join(choices.values()),
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choices: dict[str, str]
+) -> None:
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    config = digits(width=16, epochs=8, **choices)
+    list(train(config, tmp_path / "whole"))
+    for stop in (1, 2, 3):
+        stopped = train(config, tmp_path / "parts")
+        for _ in range(stop):
+            next(stopped)
+        stopped.close()
+    assert len(metrics(tmp_path / "parts")) == 6
+    list(train(config, tmp_path / "parts"))
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_killed_run_is_completed_bit_for_bit(tmp_path: Path) -> None:
+    config = digits(width=16, optimizer="sam", epochs=150)
+    options = ("--width", 16, "--optimizer", "sam", "--epochs", 150, "--device", "cpu", "--out", tmp_path / "killed")
+    with subprocess.Popen(command("train", *options)) as victim:
+        while not (tmp_path / "killed" / "metrics.jsonl").exists():
+            assert victim.poll() is None
+            time.sleep(0.01)
+        victim.kill()
+    list(train(config, tmp_path / "killed"))
+    list(train(config, tmp_path / "whole"))
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_twenty_random_moments_is_completed_bit_for_bit(tmp_path: Path) -> None:
+    options = ("train", "--width", 32, "--optimizer", "sam", "--epochs", 4000, "--measure", "eigenvalues", "--out")
+    for _ in range(20):
+        with subprocess.Popen(command(*options, tmp_path / "killed")) as victim:
+            time.sleep(random.uniform(0.5, 8))
+            assert victim.poll() is None, "too few epochs for twenty kills"
+            victim.kill()
+    assert process(*options, tmp_path / "killed").status == 0
+    assert process(*options, tmp_path / "whole").status == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
+    list(train(digits(), tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != ".lock"}
+    assert list(train(digits(), tmp_path)) == []
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != ".lock"}
+
+
+def test_a_run_that_died_after_its_last_epoch_only_writes_its_result(tmp_path: Path) -> None:
+    list(train(digits(), tmp_path))
+    before = contents(tmp_path)
+    for name in ("result.json", "model.safetensors", "metrics.jsonl"):
+        (tmp_path / name).unlink()
+    assert list(train(digits(), tmp_path)) == []
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_with_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
+    list(train(digits(), tmp_path))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"holds another run \(lr 0.05 there, 0.1 now; epochs 4 there, 5 now\)"):
+        list(train(digits(lr=0.1, epochs=5), tmp_path))
+    assert contents(tmp_path) == before
+
+
+def test_without_resuming_a_folder_must_be_empty(tmp_path: Path) -> None:
+    list(train(digits(), tmp_path / "run", resume=False))
+    with pytest.raises(ValueError, match="run must be empty without resuming"):
+        list(train(digits(), tmp_path / "run", resume=False))
+
+
+def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="must be empty or hold a run, but it has no config.json"):
+        list(train(digits(), tmp_path))
+    assert contents(tmp_path) == {"thesis.tex": b"years of work"}
+
+
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "PATIENCE", 0.1)
+    first = train(digits(), tmp_path)
+    next(first)
+    with pytest.raises(BlockingIOError, match="in use by another process"):
+        next(train(digits(), tmp_path))
+    list(first)
+    assert len(metrics(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "sam"])
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    run = train(digits(optimizer=optimizer), tmp_path)
+    next(run)
+    before = contents(tmp_path)
+    monkeypatch.setattr(training, "learning_rate", lambda config, epoch: 1e30)
+    with pytest.raises(TrainingError, match="the loss is no longer finite in epoch 2 at lr 1e.30; try a smaller lr"):
+        next(run)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "other network"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
+    list(train(digits(), tmp_path))
+    (tmp_path / "result.json").unlink()
+    path = tmp_path / "checkpoint.pt"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "foreign":
+        torch.save({"model": {}}, path)
+    else:
+        list(train(digits(width=9), tmp_path / "other"))
+        path.write_bytes((tmp_path / "other" / "checkpoint.pt").read_bytes())
+    with pytest.raises(ValueError, match="checkpoint.pt") as error:
+        list(train(digits(), tmp_path))
+    assert "\n" not in str(error.value)
+
+
+# Loading a run
+
+
+def test_what_is_no_finished_run_cannot_be_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be the folder of a finished run; it has no result.json"):
+        load_run(tmp_path)
+    list(train(digits(), tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in [
+        ({"task": "digit"}, "config.json does not describe a run: task must be one of"),
+        ({"width": "8"}, "width must be an integer"),
+        ({"milestones": 5}, "config.json does not describe a run"),
+        ({"width": 9}, "model.safetensors does not hold the weights of this run's network"),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=message):
+            load_run(tmp_path)
+    del config["lr"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config.json must hold the field 'lr'"):
+        load_run(tmp_path)
+
+
+def test_mnist_is_learned_from_parquet(tmp_path: Path, real_data: Path) -> None:
+    pytest.importorskip("datasets")
+    config = Config.of("mnist", data=str(real_data / "mnist"), width=30, epochs=1, device="cpu")
+    list(train(config, tmp_path))
+    assert result(tmp_path)["final"]["test_metric"] > 0.85  # one epoch over 7,200 images
