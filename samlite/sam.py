@@ -52,7 +52,8 @@ class SAM(Optimizer):
     """
 
     skipped = 0
-    _saved: list[tuple[list[Tensor], tuple[Tensor, ...]]] | None = None  # perturbed weights, their old values
+    _perturbed: list[list[Tensor]] | None = None  # weights between first_step and second_step, by bucket
+    _copies: Sequence[Sequence[Tensor]] = ()  # what they were; the memory is kept from step to step
     _first_norm: Tensor
 
     def __init__(
@@ -127,7 +128,7 @@ class SAM(Optimizer):
 
         Until `second_step`, random state and buffers are in the caller's hands.
         """
-        if self._saved is not None:
+        if self._perturbed is not None:
             raise RuntimeError("first_step was called twice; call second_step, or zero_grad and second_step")
         self._perturb(self._gradients())
         if zero_grad:
@@ -136,7 +137,7 @@ class SAM(Optimizer):
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights, and step with the gradients of a second pass."""
-        if self._saved is None:
+        if self._perturbed is None:
             raise RuntimeError("second_step was called before first_step; call first_step between the passes")
         self._restore()
         norm = _norm(self._gradients())
@@ -193,7 +194,9 @@ class SAM(Optimizer):
         # A norm so small that its squares underflow is not to be trusted; a zero gradient stays zero.
         numbers = torch.finfo(norm.dtype)
         inverse = norm.clamp_min(math.sqrt(numbers.tiny / numbers.eps)).reciprocal()
-        self._saved = [(weights, torch._foreach_clone(weights)) for _, weights, _ in buckets]
+        old = [*self._copies, *[()] * len(buckets)]
+        self._copies = [_copied(weights, copies) for (_, weights, _), copies in zip(buckets, old, strict=False)]
+        self._perturbed = [weights for _, weights, _ in buckets]
         for group, weights, grads in buckets:
             if group["adaptive"]:
                 torch._foreach_mul_(grads, torch._foreach_abs(weights))
@@ -204,9 +207,9 @@ class SAM(Optimizer):
 
     def _restore(self) -> None:
         """Copy the saved weights back, in place: subtracting epsilon would round."""
-        for weights, values in self._saved or []:
-            torch._foreach_copy_(weights, values)
-        self._saved = None
+        for weights, copies in zip(self._perturbed or [], self._copies, strict=False):
+            torch._foreach_copy_(weights, copies)
+        self._perturbed = None
 
     def _random_state(self) -> list[RandomState]:
         """The state of torch's default generators, on the CPU and on the devices of the weights."""
@@ -249,6 +252,14 @@ class SAM(Optimizer):
             for name in ("rho", "adaptive", "normalize"):  # not in a checkpoint of the base optimizer alone
                 group.setdefault(name, self.defaults[name])
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+
+
+def _copied(weights: Sequence[Tensor], old: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Copies of the weights, over old ones that fit: on a CPU fresh memory costs as much as the copying."""
+    if [(w.shape, w.dtype, w.device) for w in weights] != [(c.shape, c.dtype, c.device) for c in old]:
+        return torch._foreach_clone(weights)
+    torch._foreach_copy_(old, weights)
+    return old
 
 
 def _norm(buckets: list[Bucket]) -> Tensor:
