@@ -53,7 +53,7 @@ class SAM(Optimizer):
 
     skipped = 0
     _perturbed: list[list[Tensor]] | None = None  # weights between first_step and second_step, by bucket
-    _copies: Sequence[Sequence[Tensor]] = ()  # what they were; the memory is kept from step to step
+    _copies: Sequence[list[Tensor]] = ()  # what they were; the memory is kept from step to step
     _first_norm: Tensor
 
     def __init__(
@@ -194,7 +194,7 @@ class SAM(Optimizer):
         # A norm so small that its squares underflow is not to be trusted; a zero gradient stays zero.
         numbers = torch.finfo(norm.dtype)
         inverse = norm.clamp_min(math.sqrt(numbers.tiny / numbers.eps)).reciprocal()
-        old = [*self._copies, *[()] * len(buckets)]
+        old: list[list[Tensor]] = [*self._copies, *([] for _ in buckets)]
         self._copies = [_copied(weights, copies) for (_, weights, _), copies in zip(buckets, old, strict=False)]
         self._perturbed = [weights for _, weights, _ in buckets]
         for group, weights, grads in buckets:
@@ -223,7 +223,7 @@ class SAM(Optimizer):
     @contextmanager
     def _second_pass(self, start: list[RandomState]) -> Iterator[None]:
         """Replay the random state; in the end, leave it and the buffers as the first pass did."""
-        end = self._random_state()
+        end = [(generator, where, generator.get_rng_state(*where)) for generator, where, _ in start]
         buffers = [
             (module, name, buffer, buffer.clone())
             for module in (self.model.modules() if self.model is not None else ())
@@ -254,10 +254,10 @@ class SAM(Optimizer):
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
 
 
-def _copied(weights: Sequence[Tensor], old: Sequence[Tensor]) -> Sequence[Tensor]:
+def _copied(weights: list[Tensor], old: list[Tensor]) -> list[Tensor]:
     """Copies of the weights, over old ones that fit: on a CPU fresh memory costs as much as the copying."""
     if [(w.shape, w.dtype, w.device) for w in weights] != [(c.shape, c.dtype, c.device) for c in old]:
-        return torch._foreach_clone(weights)
+        return list(torch._foreach_clone(weights))
     torch._foreach_copy_(old, weights)
     return old
 
@@ -267,5 +267,7 @@ def _norm(buckets: list[Bucket]) -> Tensor:
     norms = [norm for _, _, grads in buckets for norm in torch._foreach_norm(grads)]
     if not norms:
         return torch.zeros(())
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    if len(buckets) > 1:
+        norms = [norm.to(norms[0].device) for norm in norms]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
