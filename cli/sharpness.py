@@ -104,7 +104,7 @@ def sharpness(
             top, which, method, tol=tol, verify=verify, vectors=save_vectors is not None, progress=show
         )
     record = as_record(subject, found, which, mode=mode, dtype=dtype, measured_parameters=hessian.shape[0])
-    if source.is_dir() and which == "LA" and params is None and mode == "eval":
+    if source.is_dir() and which == "LA" and params is None and mode == "eval" and samples is None:
         from samlite.checkpoints import write_json
 
         write_json(source / "sharpness.json", record)

@@ -95,7 +95,8 @@ def _measure(settings: "Config", folder: Path, bar: Progress) -> bool:
     def show(products: int, error: float) -> None:
         bar.update(work, completed=products, description=f"{settings.name}: measuring, Hessian products")
 
-    return bool(measure_run(folder, progress=show).converged)
+    measure_run(folder, progress=show)
+    return sharpness(folder) is not None
 
 
 def _found(folder: Path) -> dict[str, Any]:

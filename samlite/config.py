@@ -64,6 +64,8 @@ class Config:
             raise ValueError(f"momentum must be 0 for {self.base}, got {self.momentum}; it belongs to sgd")
         if self.schedule != "step" and self.milestones:
             raise ValueError(f"milestones must go with the step schedule, got {self.schedule}")
+        if not isinstance(self.data, str | None):
+            raise ValueError(f"data must be a hub id or a path, got {self.data!r}")
         if (self.data is None) != (task.source is None):
             needs = "not be given: the task brings its own" if task.source is None else "name a source"
             raise ValueError(f"data of task {task.name} must {needs}, got {self.data}")
@@ -102,7 +104,7 @@ class Config:
         values |= chosen
         if isinstance(values["milestones"], list):
             values["milestones"] = tuple(values["milestones"])
-        if values["data"] is not None and Path(values["data"]).is_dir():
+        if isinstance(values["data"], (str, Path)) and Path(values["data"]).is_dir():
             values["data"] = str(Path(values["data"]).resolve())  # found again from anywhere
         return cls(task=task, **values)
 
@@ -152,7 +154,7 @@ def usable_device(name: str) -> torch.device:
 
 def _check_device(name: str) -> torch.device:
     try:
-        return torch.device(name)
+        return torch.device(str(name))
     except (RuntimeError, TypeError):
         raise ValueError(f"device must be a name such as cpu or cuda:0, got {name!r}") from None
 

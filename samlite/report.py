@@ -72,8 +72,9 @@ class Report:
         return asdict(self)
 
 
-def summarize(folder: Path) -> Report:
+def summarize(folder: Path | str) -> Report:
     """Report on a sweep, finished or not. Raises ValueError where no run is finished."""
+    folder = Path(folder)
     cells = read(folder)
     results = {
         cell: read_json(folder / cell.name / "result.json")
@@ -101,7 +102,7 @@ def summarize(folder: Path) -> Report:
     )
 
 
-def plot(report: Report, path: Path) -> None:
+def plot(report: Report, path: Path | str) -> None:
     """Draw SAM's improvement against the number of parameters, with its interval as a band.
 
     The file's suffix decides the format. Raises ValueError where there is nothing to draw.

@@ -15,8 +15,7 @@ Limits: gradients must be dense, and a half-precision weight loses a perturbatio
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 Closure = Callable[[], Tensor]
+TensorList = list[Tensor] | tuple[Tensor, ...]
 # A parameter group, with its weights and their gradients that share one device and dtype.
 Bucket = tuple[dict[str, Any], list[Tensor], list[Tensor]]
 # A module that gets and sets a random state, the device it does so for if it has several, and the state.
@@ -101,30 +101,34 @@ class SAM(Optimizer):
         weight: losses and gradients are averaged over it. The second pass replays the state of torch's
         default random generators; an exception in it restores the weights.
         """
-        closures: Sequence[Any] = closure if isinstance(closure, Sequence) else [closure]
+        closures: Sequence[Any] = closure if isinstance(closure, (list, tuple)) else [closure]
         if not (closures and all(callable(c) for c in closures)):
             raise ValueError(
                 "closure must be a function that runs backward and returns the loss, or a list of them, "
                 f"got {type(closure).__name__}; to run the passes yourself use first_step and second_step"
             )
-        start = self._random_state()
+        random_state = self._random_state()
         loss = self._run(closures)
         if not any(group["rho"] for group in self.param_groups):
             self.base_optimizer.step()
             return loss
+        buffers = self._buffers()
         try:
-            self.first_step()
-            with self._second_pass(start):
-                self._run(closures)
-            self.second_step()
-        except BaseException:  # Ctrl-C too
+            self._perturb(self._gradients())
+            for generator, where, state in random_state:
+                generator.set_rng_state(state, *where)
+            self._run(closures)
+        finally:
             self._restore()
-            raise
+            for module, name, buffer, value in buffers:
+                setattr(module, name, buffer)  # a module may have put another tensor there
+                buffer.copy_(value)
+        self._descend(self._gradients())
         return loss
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        """Perturb the weights by the gradients of a first pass, which are used up.
+        """Perturb the weights by the gradients of a first pass.
 
         Until `second_step`, random state and buffers are in the caller's hands.
         """
@@ -140,14 +144,7 @@ class SAM(Optimizer):
         if self._perturbed is None:
             raise RuntimeError("second_step was called before first_step; call first_step between the passes")
         self._restore()
-        norm = _norm(self._gradients())
-        # The one wait for the device in a step, hence after both passes. It cannot be left to the device: the
-        # base optimizer keeps part of its state on the host.
-        if math.isfinite(norm + self._first_norm.to(norm.device)):
-            self.base_optimizer.step()
-        else:
-            self.skipped += 1
-        self._opt_called = True  # a scheduler warns if no step came before its own
+        self._descend(self._gradients())
         if zero_grad:
             self.zero_grad()
 
@@ -186,30 +183,44 @@ class SAM(Optimizer):
         return buckets
 
     def _perturb(self, buckets: list[Bucket]) -> None:
-        """Save the weights and add epsilon to them, turning the gradients into its direction in place."""
-        for group, weights, grads in buckets:
-            if group["adaptive"]:
-                torch._foreach_mul_(grads, torch._foreach_abs(weights))
-        norm = self._first_norm = _norm(buckets)
+        """Save the weights and add epsilon to them."""
+        directions = [
+            torch._foreach_mul(grads, torch._foreach_abs(weights)) if group["adaptive"] else grads
+            for group, weights, grads in buckets
+        ]
+        norm = self._first_norm = _norm(directions)
         # A norm so small that its squares underflow is not to be trusted; a zero gradient stays zero.
         numbers = torch.finfo(norm.dtype)
-        inverse = norm.clamp_min(math.sqrt(numbers.tiny / numbers.eps)).reciprocal()
+        divisor = norm.clamp_min(math.sqrt(numbers.tiny / numbers.eps))
         old: list[list[Tensor]] = [*self._copies, *([] for _ in buckets)]
         self._copies = [_copied(weights, copies) for (_, weights, _), copies in zip(buckets, old, strict=False)]
         self._perturbed = [weights for _, weights, _ in buckets]
-        for group, weights, grads in buckets:
+        for (group, weights, _), direction in zip(buckets, directions, strict=True):
             if group["adaptive"]:
-                torch._foreach_mul_(grads, torch._foreach_abs(weights))
+                direction = torch._foreach_mul(direction, torch._foreach_abs(weights))
+            rho = -group["rho"] if group.get("maximize") else group["rho"]
             if group["normalize"]:
-                torch._foreach_mul_(grads, inverse.to(weights[0].device))
-            sign = -1 if group.get("maximize") else 1
-            torch._foreach_add_(weights, grads, alpha=sign * group["rho"])
+                divisors = [divisor.to(weights[0].device)] * len(weights)
+                torch._foreach_addcdiv_(weights, direction, divisors, value=rho)
+            else:
+                torch._foreach_add_(weights, direction, alpha=rho)
 
     def _restore(self) -> None:
         """Copy the saved weights back, in place: subtracting epsilon would round."""
         for weights, copies in zip(self._perturbed or [], self._copies, strict=False):
             torch._foreach_copy_(weights, copies)
         self._perturbed = None
+
+    def _descend(self, buckets: list[Bucket]) -> None:
+        """Let the base optimizer step, if both gradients are finite."""
+        norm = _norm([grads for _, _, grads in buckets])
+        # The one wait for the device in a step, hence after both passes. It cannot be left to the device: the
+        # base optimizer keeps part of its state on the host.
+        if math.isfinite(norm + self._first_norm.to(norm.device)):
+            self.base_optimizer.step()
+        else:
+            self.skipped += 1
+        self._opt_called = True  # a scheduler warns if no step came before its own
 
     def _random_state(self) -> list[RandomState]:
         """The state of torch's default generators, on the CPU and on the devices of the weights."""
@@ -220,26 +231,14 @@ class SAM(Optimizer):
                 generators.append((torch.get_device_module(device), where))
         return [(module, where, module.get_rng_state(*where)) for module, where in generators]
 
-    @contextmanager
-    def _second_pass(self, start: list[RandomState]) -> Iterator[None]:
-        """Replay the random state; in the end, leave it and the buffers as the first pass did."""
-        end = [(generator, where, generator.get_rng_state(*where)) for generator, where, _ in start]
-        buffers = [
+    def _buffers(self) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+        """Module, name, tensor and a copy of it, of each buffer of the model."""
+        return [
             (module, name, buffer, buffer.clone())
             for module in (self.model.modules() if self.model is not None else ())
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        for generator, where, state in start:
-            generator.set_rng_state(state, *where)
-        try:
-            yield
-        finally:
-            for generator, where, state in end:
-                generator.set_rng_state(state, *where)
-            for module, name, buffer, value in buffers:
-                setattr(module, name, buffer)  # a module may have put another tensor there
-                buffer.copy_(value)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"base_optimizer": self.base_optimizer, "model": self.model, "skipped": self.skipped}
@@ -255,19 +254,23 @@ class SAM(Optimizer):
 
 
 def _copied(weights: list[Tensor], old: list[Tensor]) -> list[Tensor]:
-    """Copies of the weights, over old ones that fit: on a CPU fresh memory costs as much as the copying."""
-    if [(w.shape, w.dtype, w.device) for w in weights] != [(c.shape, c.dtype, c.device) for c in old]:
+    """Copies of the weights, over old ones that fit: on a CPU fresh memory costs more than the copying."""
+    if not old or _kind(weights) != _kind(old):
         return list(torch._foreach_clone(weights))
     torch._foreach_copy_(old, weights)
     return old
 
 
-def _norm(buckets: list[Bucket]) -> Tensor:
+def _kind(tensors: list[Tensor]) -> Any:
+    return tensors[0].device, tensors[0].dtype, [tensor.shape for tensor in tensors]
+
+
+def _norm(gradients: Sequence[TensorList]) -> Tensor:
     """The Euclidean norm of all gradients together."""
-    norms = [norm for _, _, grads in buckets for norm in torch._foreach_norm(grads)]
+    norms = [norm for grads in gradients for norm in torch._foreach_norm(grads)]
     if not norms:
         return torch.zeros(())
-    if len(buckets) > 1:
+    if len(gradients) > 1:
         norms = [norm.to(norms[0].device) for norm in norms]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total

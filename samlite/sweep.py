@@ -64,7 +64,9 @@ def grid(
     return list(dict.fromkeys(cells))
 
 
-def run(folder: Path, cells: Sequence[Config], *, measure: bool = False, jobs: int = 1) -> Generator[Event, None, None]:
+def run(
+    folder: Path | str, cells: Sequence[Config], *, measure: bool = False, jobs: int = 1
+) -> Generator[Event, None, None]:
     """Run the cells that are not finished, `jobs` at a time, and yield what happens.
 
     The cells join those that the folder's sweep.json already records. Closing the iterator stops the
@@ -76,6 +78,7 @@ def run(folder: Path, cells: Sequence[Config], *, measure: bool = False, jobs: i
     """
     if jobs < 1:
         raise ValueError(f"jobs must be >= 1, got {jobs}")
+    folder = Path(folder)
     _merged(folder, cells)  # before anything is written there
     with locked(folder):
         write_json(folder / "sweep.json", {"cells": [cell.to_json() for cell in _merged(folder, cells)]})
@@ -124,13 +127,14 @@ def finished(folder: Path, cell: Config, measure: bool) -> bool:
 
 
 def sharpness(folder: Path) -> float | None:
-    """The largest Hessian eigenvalue of a run; None where it was not measured or did not converge."""
+    """The largest Hessian eigenvalue of a run; None where it was not measured or cannot be trusted."""
     path = folder / "sharpness.json"
     if not path.is_file():
         return None
     found: Any = read_json(path).get("eigenvalues")
     try:
-        return float(found["values"][0]) if found["which"] == "LA" and found["converged"] is True else None
+        trusted = found["which"] == "LA" and found["converged"] is True and found["complete"] is not False
+        return float(found["values"][0]) if trusted else None
     except (IndexError, KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is not a measurement; delete it and measure again") from None
 

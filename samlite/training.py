@@ -69,7 +69,7 @@ class Run:
     data: Splits
 
 
-def train(config: Config, out: Path, resume: bool = True) -> Iterator[EpochRecord]:
+def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[EpochRecord]:
     """Train in the folder `out` and yield a record an epoch; the result is there when the iterator ends.
 
     A run that was stopped goes on from its last epoch; a finished one yields nothing.
@@ -79,6 +79,7 @@ def train(config: Config, out: Path, resume: bool = True) -> Iterator[EpochRecor
         TrainingError: the loss is no longer finite. The last checkpoint before that is kept.
         BlockingIOError: another process trains in this folder.
     """
+    out = Path(out)
     _check_folder(out, config, resume)  # before anything is written there
     with locked(out), _threads(config.threads):
         _check_folder(out, config, resume)  # again: another process may have come first
@@ -181,8 +182,9 @@ def evaluate(model: nn.Module, task: Task, data: TensorData) -> tuple[float, flo
     return loss, correct / len(data) if task.metric == "accuracy" else loss
 
 
-def load_run(folder: Path, device: str | None = None) -> Run:
+def load_run(folder: Path | str, device: str | None = None) -> Run:
     """A finished run with its data. Raises ValueError where the folder holds none."""
+    folder = Path(folder)
     if not (folder / "result.json").is_file():
         raise ValueError(f"{folder} must be the folder of a finished run; it has no result.json")
     config = Config.from_json(read_json(folder / "config.json"), folder / "config.json")

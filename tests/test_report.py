@@ -34,7 +34,7 @@ class Sweep:
             end = {"final": final, "best": {"test_metric": best}, "parameters": 587, "interpolates": test > 0.925}
             write_json(run / "result.json", end)
         if sharpness is not None:
-            found = {"which": "LA", "converged": True, "values": [sharpness]}
+            found = {"which": "LA", "converged": True, "complete": True, "values": [sharpness]}
             write_json(run / "sharpness.json", {"eigenvalues": found})
 
 

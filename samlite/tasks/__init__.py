@@ -12,7 +12,7 @@ TASKS = {task.name: task for task in (digits.TASK, synthetic.TASK, mnist.TASK)}
 
 def get(name: str) -> Task:
     """The task of this name. Raises ValueError that suggests the nearest one."""
-    if name in TASKS:
+    if isinstance(name, str) and name in TASKS:
         return TASKS[name]
     near = get_close_matches(str(name), TASKS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
