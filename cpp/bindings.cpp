@@ -86,8 +86,6 @@ PYBIND11_MODULE(_C, m) {
       .def("apply", torch::wrap_pybind_function_no_gil(&Hessian::apply), py::arg("v"))
       .def("measure", torch::wrap_pybind_function_no_gil(&Hessian::measure))
       .def("drift", torch::wrap_pybind_function_no_gil(&Hessian::drift))
-      .def_property_readonly("numel", &Hessian::numel)
-      .def_property_readonly("weight", &Hessian::weight)
       .def_property_readonly("build_seconds", &Hessian::build_seconds)
       .def_property_readonly("batches", &Hessian::batches)
       .def_property_readonly("kept", &Hessian::kept)

@@ -33,7 +33,6 @@ class Hessian {
   int64_t batches() const { return static_cast<int64_t>(losses_seen_.size()); }
   int64_t kept() const { return static_cast<int64_t>(graphs_.size()); }
   int64_t kept_bytes() const { return kept_bytes_; }
-  double weight() const { return weight_; }
   // Time of the first pass's gradients with their graphs, which is that of a plain gradient to about a tenth: the
   // unit of work.
   double build_seconds() const { return build_seconds_; }

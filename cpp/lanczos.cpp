@@ -84,24 +84,13 @@ Eigenpairs Lanczos::solve() {
 
 // --- The factorisation
 
-// Drawn on the host, so that a seed means the same vector on every device.
-Tensor Lanczos::random() { return at::randn({p_}, generator_, V_.options().device(at::kCPU)).to(V_.device()); }
+Tensor Lanczos::random() { return random_vector(p_, generator_, V_.options()); }
 
-// Makes a row orthogonal to those before it, and a unit vector. Two passes leave it orthogonal to rounding
-// ("twice is enough"), whatever cancelled in the first.
-void Lanczos::orthonormalise(int64_t row) {
-  const Tensor B = V_.narrow(0, 0, row);
-  Tensor v = V_[row];
-  v.div_(at::linalg_vector_norm(v));
-  for (int pass = 0; pass < 2; ++pass) {
-    v.addmv_(B.t(), B.mv(v), 1, -1);
-    v.div_(at::linalg_vector_norm(v));
-  }
-}
+void Lanczos::orthonormalise_row(int64_t row) { orthonormalise(V_[row], V_.narrow(0, 0, row)); }
 
 void Lanczos::begin(const Tensor& start) {
   V_[locked_].copy_(start);
-  orthonormalise(locked_);
+  orthonormalise_row(locked_);
   size_ = looked_ = 0;
 }
 
@@ -138,8 +127,7 @@ void Lanczos::look() {
     const int64_t row = locked_ + j;
     double square = beta[row] * beta[row];
     for (int64_t i = 0; i <= row; ++i) square += H[i][row] * H[i][row];
-    TORCH_CHECK_VALUE(std::isfinite(square), "the product H v must be finite, got nan or inf in product ",
-                      apply_.count() - size_ + j + 1, "; check the weights, the loss and the data");
+    check_finite(square, apply_.count());
     norm_ = std::max(norm_, std::sqrt(square));
     // Relative to the size of H: what is left of H v is rounding, and its direction means nothing.
     const double tiny = 10 * eps_ * norm_;
@@ -155,7 +143,7 @@ void Lanczos::look() {
       size_ = j + 1;
       if (!spanned()) {
         V_[locked_ + size_].copy_(random());
-        orthonormalise(locked_ + size_);
+        orthonormalise_row(locked_ + size_);
       }
     }
   }
@@ -209,15 +197,20 @@ std::vector<double> Lanczos::bounds(const std::vector<double>& values, const std
   return error_bounds(values, residuals, options_.separated ? rest : std::vector<Interval>{}, rounding());
 }
 
-// Errors near the rounding of H v cannot be made smaller: then stop, and let `converged` say what was
-// reached.
+// The error of each pair over what is allowed. Errors near the rounding of H v cannot be made smaller: they count as
+// 0, and `converged` says what was reached.
+std::vector<double> Lanczos::ratios(const std::vector<double>& values, const std::vector<double>& residuals,
+                                    const std::vector<Interval>& rest) const {
+  auto result = bounds(values, residuals, rest);
+  for (size_t i = 0; i < values.size(); ++i)
+    result[i] = result[i] > 2 * rounding() ? result[i] / allowed(values[i], options_.tol, eps_, norm_) : 0;
+  return result;
+}
+
 double Lanczos::distance(const std::vector<double>& values, const std::vector<double>& residuals,
                          const std::vector<Interval>& rest) const {
-  const auto errors = bounds(values, residuals, rest);
-  double worst = 0;
-  for (size_t i = 0; i < values.size(); ++i)
-    if (errors[i] > 2 * rounding()) worst = std::max(worst, errors[i] / allowed(values[i], options_.tol, eps_, norm_));
-  return std::log(worst);
+  const auto all = ratios(values, residuals, rest);
+  return std::log(*std::max_element(all.begin(), all.end()));
 }
 
 // From a random start to k pairs whose error bounds hold, given that the basis is orthogonal.
@@ -233,11 +226,11 @@ void Lanczos::krylov() {
   residuals_ = head(residual_, k);
   const bool whole = spanned();
   // A few pairs more than asked for make the search short, where there is room for it.
-  kept_ = std::max(k, std::min({size_, 2 * k + 2, rows_ - 10}));
+  const int64_t kept = std::max(k, std::min({size_, 2 * k + 2, rows_ - 10}));
   const auto coupling = to_vector(coupling_);
-  for (int64_t i = 0; i < kept_; ++i) kept_pairs_.push_back({ritz_.values[i], coupling[i]});
-  restart(kept_);
-  q_ = V_[kept_].clone();
+  for (int64_t i = 0; i < kept; ++i) kept_pairs_.push_back({ritz_.values[i], coupling[i]});
+  restart(kept);
+  q_ = V_[kept].clone();
   if (!whole) certify();
 }
 
@@ -313,13 +306,14 @@ double Lanczos::bar() const {
 // (mu - Theta)^{-1} b q^T (Sylvester's law of inertia): one rank-one term accounts for X being no exact
 // invariant subspace.
 Lanczos::Verdict Lanczos::probe_beyond_kept() {
-  if (kept_ <= options_.k || options_.which == Which::LM) return Verdict::undecided;
+  const auto kept = static_cast<int64_t>(kept_pairs_.size());
+  if (kept <= options_.k || options_.which == Which::LM) return Verdict::undecided;
   const double limit = bar(), mu = options_.which == Which::LA ? limit : -limit;
   double weight = 0;
   for (const auto& [theta, b] : kept_pairs_) weight += b * b / (mu - theta);
   if (!(std::abs(weight) < norm_)) return Verdict::undecided;
   correction_ = weight;
-  const Verdict verdict = probe(kept_, limit);
+  const Verdict verdict = probe(kept, limit);
   correction_ = 0;
   return verdict;
 }
@@ -382,15 +376,14 @@ void Lanczos::refine(int64_t count) {
   const Tensor V = V_.narrow(0, 0, capacity), W = V_.narrow(0, capacity, capacity);
   locked_ = 0;
   for (size_ = 0; size_ < count; ++size_) {
-    orthonormalise(size_);
+    orthonormalise_row(size_);
     W[size_].copy_(apply_(V[size_]));
   }
   while (true) {
     ritz_ = ritz(V.narrow(0, 0, size_).mm(W.narrow(0, 0, size_).t()).to(at::kCPU, at::kDouble), options_.which);
     residual_ = residual_norms(V, W, ritz_, std::min(k + 1, size_));
     norm_ = std::max(norm_, std::hypot(std::abs(ritz_.values[0]), residual_[0]));
-    TORCH_CHECK_VALUE(std::isfinite(norm_), "the product H v must be finite, got nan or inf in one of ", apply_.count(),
-                      " products; check the weights, the loss and the data");
+    check_finite(norm_, apply_.count());
     values_ = head(ritz_.values, k);
     residuals_ = head(residual_, k);
     rest_ = intervals(ritz_.values, residual_, k);
@@ -406,17 +399,12 @@ void Lanczos::refine(int64_t count) {
       if (done) return;
       continue;
     }
-    const auto errors = bounds(values_, residuals_, rest_);
-    int64_t worst = 0;
-    double ratio = 0;
-    for (int64_t i = 0; i < k; ++i) {
-      const double own = errors[i] / allowed(values_[i], options_.tol, eps_, norm_);
-      if (own > ratio) worst = i, ratio = own;
-    }
+    const auto all = ratios(values_, residuals_, rest_);
+    const int64_t worst = std::max_element(all.begin(), all.end()) - all.begin();
     const Tensor s = ritz_.vectors.select(1, worst).to(V.options());
     const Tensor basis = V.narrow(0, 0, size_), image = W.narrow(0, 0, size_);
     V[size_].copy_(image.t().mv(s).sub_(basis.t().mv(s), values_[worst]));
-    orthonormalise(size_);
+    orthonormalise_row(size_);
     W[size_].copy_(apply_(V[size_]));
     ++size_;
   }

@@ -38,9 +38,11 @@ class Lanczos {
   void refine(int64_t count);
 
   Tensor random();
-  void orthonormalise(int64_t row);
+  void orthonormalise_row(int64_t row);  // against those before it
   std::vector<double> residual_norms(const Tensor& V, const Tensor& W, const Ritz& pairs, int64_t count) const;
   std::vector<double> bounds(const std::vector<double>& values, const std::vector<double>& residuals,
+                             const std::vector<Interval>& rest) const;
+  std::vector<double> ratios(const std::vector<double>& values, const std::vector<double>& residuals,
                              const std::vector<Interval>& rest) const;
   double distance(const std::vector<double>& values, const std::vector<double>& residuals,
                   const std::vector<Interval>& rest) const;
@@ -74,8 +76,7 @@ class Lanczos {
   std::vector<double> residual_;  // |b|
   std::vector<Hypothesis> hypotheses_;
 
-  int64_t kept_ = 0;                                   // Ritz vectors in the first rows of V_, k or more
-  std::vector<std::pair<double, double>> kept_pairs_;  // their values and couplings
+  std::vector<std::pair<double, double>> kept_pairs_;  // values and couplings of the Ritz vectors in V_, k or more
   std::optional<Tensor> q_;                            // the residual direction that they share
   double correction_ = 0;                              // the weight of q q^T beside H in the search
 

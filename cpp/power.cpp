@@ -10,14 +10,6 @@ namespace {
 
 constexpr int64_t kStride = 10;  // products between two looks at the residual
 
-// v <- v made orthogonal to the rows of X, in two passes, and of unit length.
-void orthonormalise(Tensor& v, const Tensor& X) {
-  for (int pass = 0; pass < 2; ++pass) {
-    v.addmv_(X.t(), X.mv(v), 1, -1);
-    v.div_(at::linalg_vector_norm(v));
-  }
-}
-
 struct Vector {
   Tensor v;
   double value, residual;
@@ -45,9 +37,7 @@ Vector iterate(CountedMatVec& apply, Tensor v, const Tensor& X, double shift, co
     const Tensor scalars =
         at::stack({theta, at::linalg_vector_norm(r), at::linalg_vector_norm(outside)}).to(at::kCPU, at::kDouble);
     const auto* scalar = scalars.const_data_ptr<double>();
-    TORCH_CHECK_VALUE(std::isfinite(scalar[0]) && std::isfinite(scalar[1]),
-                      "the product H v must be finite, got nan or inf in one of ", apply.count(),
-                      " products; check the weights, the loss and the data");
+    check_finite(scalar[0] + scalar[1], apply.count());
     const double bound = allowed(scalar[0]);
     if (options.progress) options.progress(apply.count(), bound > 0 ? scalar[2] / bound : 0);
     if (scalar[2] <= bound || apply.exhausted()) return {v, scalar[0], scalar[1]};
@@ -73,7 +63,7 @@ double estimate_norm(CountedMatVec& apply, Tensor v) {
 Eigenpairs power_iteration(MatVec multiply, const Tensor& like, int64_t p, const Options& options) {
   CountedMatVec apply(std::move(multiply), options.max_matvecs);
   auto generator = at::detail::createCPUGenerator(options.seed);
-  const auto random = [&] { return at::randn({p}, generator, like.options().device(at::kCPU)).to(like.device()); };
+  const auto random = [&] { return random_vector(p, generator, like.options()); };
   const double eps = epsilon(like);
   Tensor X = at::empty({0, p}, like.options());
 

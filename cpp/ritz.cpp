@@ -16,6 +16,23 @@ Tensor CountedMatVec::operator()(const Tensor& v) {
   return w;
 }
 
+Tensor random_vector(int64_t p, at::Generator generator, const at::TensorOptions& options) {
+  return at::randn({p}, std::move(generator), options.device(at::kCPU)).to(options.device());
+}
+
+void orthonormalise(Tensor v, const Tensor& X) {
+  v.div_(at::linalg_vector_norm(v));
+  for (int pass = 0; pass < 2; ++pass) {
+    v.addmv_(X.t(), X.mv(v), 1, -1);
+    v.div_(at::linalg_vector_norm(v));
+  }
+}
+
+void check_finite(double value, int64_t matvecs) {
+  TORCH_CHECK_VALUE(std::isfinite(value), "the product H v must be finite, got nan or inf in one of ", matvecs,
+                    " products; check the weights, the loss and the data");
+}
+
 double rank(double value, Which which) {
   switch (which) {
     case Which::LA:

@@ -1,5 +1,5 @@
-// The small dense side of every solver: Ritz values, their order, and bounds on their errors.
-// All of it is float64 on the host and independent of the number of parameters.
+// What the solvers share: the counted product, orthogonal vectors, and the small dense side: Ritz values, their
+// order, and bounds on their errors, in float64 on the host and independent of the number of parameters.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -49,6 +49,16 @@ class CountedMatVec {
   int64_t limit_;
   int64_t count_ = 0;
 };
+
+// A Gaussian vector, drawn on the host, so that a seed means the same vector on every device.
+Tensor random_vector(int64_t p, at::Generator generator, const at::TensorOptions& options);
+
+// v: (p,) made orthogonal to the orthonormal rows of X: (n, p), and a unit vector, in place. Two passes leave it
+// orthogonal to rounding ("twice is enough"), whatever cancelled in the first.
+void orthonormalise(Tensor v, const Tensor& X);
+
+// Raises ValueError unless a number that came from products H v is finite.
+void check_finite(double value, int64_t matvecs);
 
 // A Ritz value that is not returned, with its residual: an eigenvalue lies in [value - residual, value +
 // residual].

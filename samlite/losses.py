@@ -36,8 +36,7 @@ class Losses:
         self.model, self.data, self.parameters, self.mode = model, _checked_data(data), parameters, mode
         self.loss = _as_function(loss_fn, like=parameters[0])
         # Batch norm in train mode couples the rows of a batch, so there a pair of tensors stays whole.
-        self.chunk = 0
-        self.cut(len(self.data[0]) if _is_pair(self.data) else 0)
+        self.cut(len(self.data[0]) if is_pair(self.data) else 0)
         self._stream: Iterator[Any] = iter(())
         self._index = 0
 
@@ -73,7 +72,7 @@ class Losses:
             ValueError: the loss is not a finite scalar, or it is not the same function in the second pass.
         """
         batch: Any
-        if _is_pair(self.data):
+        if is_pair(self.data):
             batch = (self.data[0][:rows], self.data[1][:rows])
         else:
             batch = next(iter(self._batches()), None)
@@ -103,7 +102,7 @@ class Losses:
             )
 
     def _batches(self) -> Iterator[Any]:
-        if _is_pair(self.data):
+        if is_pair(self.data):
             inputs, targets = self.data
             return zip(inputs.split(self.chunk), targets.split(self.chunk), strict=True)
         return iter(self.data)
@@ -190,7 +189,8 @@ def _seed(device: torch.device, seed: int) -> None:
         torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
-def _is_pair(data: Any) -> bool:
+def is_pair(data: Any) -> bool:
+    """Whether data are an (inputs, targets) pair of tensors, not batches."""
     return isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
 
 
@@ -200,7 +200,7 @@ def _checked_data(data: Any) -> Any:
             "data must be a tuple (inputs, targets) or a re-iterable of batches, got a list of two tensors; "
             "write (inputs, targets)"
         )
-    if _is_pair(data):
+    if is_pair(data):
         inputs, targets = data
         if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets):
             raise ValueError(

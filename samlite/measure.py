@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from samlite.checkpoints import load_weights, write_json
 from samlite.config import usable_device
 from samlite.hessian import Eigenvalues, Hessian, Progress
+from samlite.losses import is_pair
 
 SAMPLES = 8192  # measured by default, as sharpness changes little beyond them
 
@@ -47,10 +48,8 @@ def run_subject(folder: Path, samples: int | None = None, device: str | None = N
 
     run = load_run(folder, device)
     data = run.data.train
-    count = min(len(data), SAMPLES if samples is None else samples)
-    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(run.config.seed))[:count]
-    measured = data if count == len(data) else data[rows.sort().values.to(data.inputs.device)]
-    return Subject(run.model, run.task.loss, (measured.inputs, measured.targets), count, len(data))
+    pair = _drawn((data.inputs, data.targets), SAMPLES if samples is None else samples, run.config.seed)
+    return Subject(run.model, run.task.loss, pair, len(pair[0]), len(data))
 
 
 def checkpoint_subject(
@@ -76,15 +75,22 @@ def checkpoint_subject(
     module.to(usable_device(device or "cpu"))
     criterion = _LOSSES[loss]() if loss in _LOSSES else resolve(loss, "--loss")
     batches = _made(data, "--data")
-    if not (isinstance(batches, tuple) and all(isinstance(part, Tensor) for part in batches)):
+    if not is_pair(batches):
         if samples is not None:
             raise ValueError("--samples needs --data to name a pair of tensors; limit the batches themselves")
         return Subject(module, criterion, batches, None, None)
     available = len(batches[0])
-    if samples is not None and samples < available:
-        rows = torch.randperm(available, generator=torch.Generator().manual_seed(0))[:samples].sort().values
-        batches = tuple(part[rows] for part in batches)
-    return Subject(module, criterion, batches, len(batches[0]), available)
+    pair = batches if samples is None else _drawn(batches, samples, seed=0)
+    return Subject(module, criterion, pair, len(pair[0]), available)
+
+
+def _drawn(pair: tuple[Tensor, Tensor], count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """So many rows of the pair, drawn by the seed and kept in order; the pair itself where it has no more."""
+    inputs, targets = pair
+    if count >= len(inputs):
+        return pair
+    rows = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return inputs[rows.to(inputs.device)], targets[rows.to(targets.device)]
 
 
 def measure_run(folder: Path, k: int = 1, progress: Progress | None = None) -> Eigenvalues:
@@ -156,8 +162,9 @@ def _load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         detail = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise ValueError(f"{path} must fit the model of --model: {detail}") from None
     # A tied weight is stored once: what it is missing under its other names is there.
-    present = {id(tensor) for name, tensor in module.state_dict(keep_vars=True).items() if name in state}
-    missing = [name for name in missing if id(module.state_dict(keep_vars=True)[name]) not in present]
+    tensors = module.state_dict(keep_vars=True)
+    present = {id(tensor) for name, tensor in tensors.items() if name in state}
+    missing = [name for name in missing if id(tensors[name]) not in present]
     if missing or unexpected:
         raise ValueError(
             f"{path} must fit the model of --model: "
