@@ -7,6 +7,7 @@
 
 #include "hessian.h"
 #include "lanczos.h"
+#include "moments.h"
 #include "power.h"
 
 namespace py = pybind11;
@@ -43,6 +44,12 @@ Eigenpairs of_hessian(const std::shared_ptr<Hessian>& hessian, Options options, 
   return eigenpairs(apply, hessian->params().at(0), hessian->numel(), options, which, method);
 }
 
+Eigenpairs of_moments(const std::shared_ptr<Moments>& moments, int64_t order, Options options, const std::string& which,
+                      const std::string& method) {
+  const auto apply = [&](const Tensor& v) { return moments->centred(v, order); };
+  return eigenpairs(apply, moments->params().at(0), moments->numel(), options, which, method);
+}
+
 Eigenpairs of_callable(const MatVec& function, const Tensor& like, int64_t p, Options options, const std::string& which,
                        const std::string& method) {
   const auto apply = [&](const Tensor& v) {
@@ -56,6 +63,49 @@ std::shared_ptr<Hessian> make_hessian(std::vector<Tensor> params, std::function<
                                       std::function<std::optional<std::tuple<Tensor, double>>()> next, int64_t memory) {
   return std::make_shared<Hessian>(std::move(params), Losses{std::move(rewind), std::move(next)}, memory,
                                    check_signals);
+}
+
+std::shared_ptr<Moments> make_moments(
+    std::vector<Tensor> params, std::function<void(int64_t)> rewind,
+    std::function<std::optional<std::tuple<Moments::Graph, Tensor, double>>()> next, bool batches, int64_t memory) {
+  return std::make_shared<Moments>(std::move(params), std::move(rewind), std::move(next), batches, memory,
+                                   check_signals);
+}
+
+std::shared_ptr<Powers> make_chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites, int64_t samples,
+                                   std::vector<Tensor> params) {
+  return std::make_shared<Chain>(loss, std::move(sites), samples, std::move(params));
+}
+
+std::shared_ptr<Powers> make_whole(const Tensor& loss, double weight, bool mean, std::vector<Tensor> params) {
+  return std::make_shared<Whole>(loss, weight, mean, std::move(params));
+}
+
+Tensor powers(const std::shared_ptr<Powers>& graph, const Tensor& v, int64_t order) {
+  Tensor out = at::zeros({order, v.numel()}, v.options());
+  graph->add(v, out);
+  return out;
+}
+
+std::shared_ptr<Site> make_site(std::optional<Tensor> a, std::optional<Tensor> eta, const Tensor& z,
+                                const std::tuple<int64_t, int64_t, int64_t, int64_t>& layout) {
+  const auto& [dim, outer, n, inner] = layout;
+  return std::make_shared<Site>(std::move(a), std::move(eta), z, Layout{dim, outer, n, inner});
+}
+
+template <class Class>
+double drift(Class& self) {
+  return self.graphs().drift();
+}
+
+template <class Class>
+void bind_graphs(py::class_<Class, std::shared_ptr<Class>>& bound) {
+  bound.def("measure", torch::wrap_pybind_function_no_gil(&Class::measure))
+      .def("drift", torch::wrap_pybind_function_no_gil(drift<Class>))
+      .def_property_readonly("build_seconds", [](Class& self) { return self.graphs().build_seconds(); })
+      .def_property_readonly("batches", [](Class& self) { return self.graphs().batches(); })
+      .def_property_readonly("kept", [](Class& self) { return self.graphs().kept(); })
+      .def_property_readonly("kept_bytes", [](Class& self) { return self.graphs().kept_bytes(); });
 }
 
 }  // namespace
@@ -81,18 +131,51 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("complete", &Eigenpairs::complete)
       .def_readonly("matvecs", &Eigenpairs::matvecs);
 
-  py::class_<Hessian, std::shared_ptr<Hessian>>(m, "Hessian")
+  py::class_<Hessian, std::shared_ptr<Hessian>> hessian(m, "Hessian");
+  hessian
       .def(py::init(&make_hessian), py::arg("params"), py::arg("rewind"), py::arg("next"), py::arg("memory"))
-      .def("apply", torch::wrap_pybind_function_no_gil(&Hessian::apply), py::arg("v"))
-      .def("measure", torch::wrap_pybind_function_no_gil(&Hessian::measure))
-      .def("drift", torch::wrap_pybind_function_no_gil(&Hessian::drift))
-      .def_property_readonly("build_seconds", &Hessian::build_seconds)
-      .def_property_readonly("batches", &Hessian::batches)
-      .def_property_readonly("kept", &Hessian::kept)
-      .def_property_readonly("kept_bytes", &Hessian::kept_bytes);
+      .def("apply", torch::wrap_pybind_function_no_gil(&Hessian::apply), py::arg("v"));
+  bind_graphs(hessian);
+
+  m.def("tap", &tap, py::arg("a"));
+  py::enum_<Kind>(m, "Kind")
+      .value("linear", Kind::linear)
+      .value("conv", Kind::conv)
+      .value("scale", Kind::scale)
+      .value("shift", Kind::shift)
+      .value("embedding", Kind::embedding);
+  py::class_<Use>(m, "Use")
+      .def(py::init([](Kind kind, int64_t param, std::vector<int64_t> sizes, std::vector<int64_t> strides,
+                       int64_t offset) { return Use{kind, param, std::move(sizes), std::move(strides), offset}; }),
+           py::arg("kind"), py::arg("param"), py::arg("sizes"), py::arg("strides"), py::arg("offset"))
+      .def_readwrite("stride", &Use::stride)
+      .def_readwrite("padding", &Use::padding)
+      .def_readwrite("dilation", &Use::dilation)
+      .def_readwrite("groups", &Use::groups)
+      .def_readwrite("mean", &Use::mean)
+      .def_readwrite("inverse", &Use::inverse)
+      .def_readwrite("padding_row", &Use::padding_row);
+  py::class_<Site, std::shared_ptr<Site>>(m, "Site")
+      .def(py::init(&make_site), py::arg("a"), py::arg("eta"), py::arg("z"), py::arg("layout"))
+      .def("add", &Site::add, py::arg("use"));
+  py::class_<Powers, std::shared_ptr<Powers>>(m, "Powers")
+      .def("__call__", torch::wrap_pybind_function_no_gil(powers), py::arg("v"), py::arg("order"));
+  m.def("chain", torch::wrap_pybind_function_no_gil(make_chain), py::arg("loss"), py::arg("sites"), py::arg("samples"),
+        py::arg("params"));
+  m.def("whole", torch::wrap_pybind_function_no_gil(make_whole), py::arg("loss"), py::arg("weight"), py::arg("mean"),
+        py::arg("params"));
+  py::class_<Moments, std::shared_ptr<Moments>> moments(m, "Moments");
+  moments
+      .def(py::init(&make_moments), py::arg("params"), py::arg("rewind"), py::arg("next"), py::arg("batches"),
+           py::arg("memory"))
+      .def("apply", torch::wrap_pybind_function_no_gil(&Moments::apply), py::arg("v"), py::arg("order"))
+      .def("centred", torch::wrap_pybind_function_no_gil(&Moments::centred), py::arg("v"), py::arg("order"));
+  bind_graphs(moments);
 
   m.def("eigenpairs", torch::wrap_pybind_function_no_gil(of_hessian), py::arg("hessian"), py::arg("options"),
         py::arg("which") = "LA", py::arg("method") = "lanczos");
+  m.def("eigenpairs", torch::wrap_pybind_function_no_gil(of_moments), py::arg("moments"), py::arg("order"),
+        py::arg("options"), py::arg("which") = "LA", py::arg("method") = "lanczos");
   m.def("eigenpairs", torch::wrap_pybind_function_no_gil(of_callable), py::arg("matvec"), py::arg("like"),
         py::arg("dimension"), py::arg("options"), py::arg("which") = "LA", py::arg("method") = "lanczos");
 }

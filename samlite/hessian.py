@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from samlite.losses import Data, Loss, Losses, full_precision
+from samlite.losses import Data, Loss, Losses, full_precision, is_pair
+from samlite.moments import Moments, Samples, Unit
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, float], None]
 
 _CHUNK = 1024  # rows of a pair of tensors that are differentiated together, where their graph fits
+_GRAPH = 2**28  # bytes of the graph of such a chunk: what is freed of a larger one goes back to the system each time
 _PROBE = 64  # rows that are evaluated to check the function and to size its graph
 
 
@@ -48,47 +50,12 @@ class Eigenvalues:
     seconds: float
 
 
-class Hessian:
-    """H = (1/n) sum_i of the second derivatives of sample i's loss by the parameters: ``h @ v``, ``h.eigenvalues()``.
+class Operator:
+    """A symmetric matrix of the curvature, matrix-free: products, and eigenvalues with an error bound each."""
 
-    Args:
-        model: any module. It is left as it was found: weights, gradients, modes, buffers, random state.
-        loss_fn: a loss module, taken as criterion(model(inputs), targets) with its own denominator
-            (ignore_index, class weights); or ``loss_fn(model, batch)`` that returns the mean loss over the batch, or
-            (mean loss, weight) where its denominator is not the number of samples.
-        data: an (inputs, targets) pair of tensors, or a re-iterable of batches, the same at every pass. Batches of
-            unequal size count by their samples.
-        params: which parameters, as name patterns (``"layer3.*"``) or tensors; default all that require a gradient.
-        memory: bytes (or "2GB") that kept graphs may take; default half of what is free. Beyond it graphs are built
-            anew at every product, with the same results.
-        mode: "eval", or "train" for the function with batch statistics.
-
-    Raises:
-        ValueError: an argument is not usable; the line names it, the rule and the fix.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: Loss,
-        data: Data,
-        *,
-        params: str | Iterable[str] | Iterable[nn.Parameter] | None = None,
-        memory: int | str | None = None,
-        mode: Literal["eval", "train"] = "eval",
-    ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if mode not in ("eval", "train"):
-            raise ValueError(f"mode must be 'eval' or 'train', got {mode!r}")
-        model = getattr(model, "_orig_mod", model)  # compiled graphs have no second derivative
-        self.names, self.params = _selected(model, params)
-        self.mode = mode
-        self.memory = _free_memory(self.params[0].device) // 2 if memory is None else _bytes(memory)
-        self._losses = Losses(model, loss_fn, data, self.params, mode)
-        self._losses.probe(_PROBE)
-        self._operator: Any = None
-        self._state: list[tuple[Any, ...]] = []
+    names: list[str]
+    params: list[nn.Parameter]  # that it is measured by
+    memory: int  # bytes
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -106,7 +73,7 @@ class Hessian:
         like = self.params[0]
         v = v.detach().to(like.device, like.dtype)
         with self._products() as operator:
-            columns = [operator.apply(column.contiguous()) for column in v.reshape(len(v), -1).T]
+            columns = [self._apply(operator, column.contiguous()) for column in v.reshape(len(v), -1).T]
         return columns[0] if v.dim() == 1 else torch.stack(columns, dim=1)
 
     def to_scipy(self) -> LinearOperator:
@@ -170,7 +137,7 @@ class Hessian:
         )
         began = time.perf_counter()
         with self._products() as operator:
-            found = _module().eigenpairs(operator, options, which, method)
+            found = self._eigenpairs(operator, options, which, method)
         seconds = time.perf_counter() - began
         return Eigenvalues(
             values=torch.tensor(found.values, dtype=torch.float64),
@@ -180,9 +147,148 @@ class Hessian:
             converged=found.converged,
             complete=found.complete,
             matvecs=found.matvecs,
-            gradient_evaluations=seconds / max(operator.build_seconds, 1e-9),
+            gradient_evaluations=seconds / max(self._gradient_seconds(), 1e-9),
             seconds=seconds,
         )
+
+    def _rows(self, start: Tensor) -> Tensor:
+        p = self.shape[0]
+        if not isinstance(start, Tensor) or start.dim() not in (1, 2) or len(start) != p:
+            raise ValueError(
+                f"start must be of shape ({p},) or ({p}, s), "
+                f"got {tuple(start.shape) if isinstance(start, Tensor) else type(start).__name__}"
+            )
+        rows = start.detach().reshape(p, -1).T.to(self.params[0].device, self.params[0].dtype)
+        _require(bool(rows.isfinite().all()), "start must be finite, got nan or inf in it")
+        return rows
+
+    # What a kind of operator provides: a context in which its compiled half can be used, and that half's calls.
+
+    @contextmanager
+    def _products(self) -> Iterator[Any]:
+        raise NotImplementedError
+        yield
+
+    def _apply(self, operator: Any, v: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _eigenpairs(self, operator: Any, options: Any, which: str, method: str) -> Any:
+        raise NotImplementedError
+
+    def _gradient_seconds(self) -> float:
+        raise NotImplementedError
+
+
+class Hessian(Operator):
+    """H = (1/n) sum_i of the second derivatives of sample i's loss by the parameters: ``h @ v``, ``h.eigenvalues()``.
+
+    Args:
+        model: any module. It is left as it was found: weights, gradients, modes, buffers, random state.
+        loss_fn: a loss module, taken as criterion(model(inputs), targets) with its own denominator
+            (ignore_index, class weights); or ``loss_fn(model, batch)`` that returns the mean loss over the batch, or
+            (mean loss, weight) where its denominator is not the number of samples.
+        data: an (inputs, targets) pair of tensors, or a re-iterable of batches, the same at every pass. Batches of
+            unequal size count by their samples.
+        params: which parameters, as name patterns (``"layer3.*"``) or tensors; default all that require a gradient.
+        memory: bytes (or "2GB") that kept graphs may take; default half of what is free. Beyond it graphs are built
+            anew at every product, with the same results.
+        mode: "eval", or "train" for the function with batch statistics.
+
+    Raises:
+        ValueError: an argument is not usable; the line names it, the rule and the fix.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Loss,
+        data: Data,
+        *,
+        params: str | Iterable[str] | Iterable[nn.Parameter] | None = None,
+        memory: int | str | None = None,
+        mode: Literal["eval", "train"] = "eval",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if mode not in ("eval", "train"):
+            raise ValueError(f"mode must be 'eval' or 'train', got {mode!r}")
+        model = getattr(model, "_orig_mod", model)  # compiled graphs have no second derivative
+        self.names, self.params = _selected(model, params)
+        self.mode = mode
+        self.memory = _free_memory(self.params[0].device) // 2 if memory is None else _bytes(memory)
+        self._loss_fn, self._data = loss_fn, data
+        self._losses = Losses(model, loss_fn, data, self.params, mode)
+        self._losses.probe(_PROBE)
+        self._operator: Any = None
+        self._state: list[tuple[Any, ...]] = []
+        self._moments: dict[str, tuple[list[tuple[Any, ...]], Samples]] = {}
+
+    def moments(
+        self, order: int = 4, unit: Unit = "sample", *, tol: float = 1e-3, seed: int = 0, progress: Progress | None = None
+    ) -> Moments:
+        """Sharpness a and the non-uniformity s_2 .. s_order of the per-sample Hessians (or of those of batches).
+
+        Args:
+            order: the highest moment; M_k v costs k steps of about one product H v each.
+            unit: "sample", or "batch" for each batch of `data` as one, weighted by its share: the moments of
+                mini-batch SGD.
+            tol: relative error of each eigenvalue.
+
+        Raises:
+            ValueError: samples depend on each other (batch norm with batch statistics), or are not told apart.
+        """
+        _require(isinstance(order, int) and 2 <= order <= 8, f"order must be between 2 and 8, got {order}")
+        began = time.perf_counter()
+        first = self.eigenvalues(1, tol=tol, seed=seed, progress=progress)
+        found = {
+            k: self.moment_operator(k, unit).eigenvalues(1, tol=tol, seed=seed, progress=progress)
+            for k in range(2, order + 1)
+        }
+        powers = {k: float(e.values[0]) for k, e in found.items()}
+        seconds = time.perf_counter() - began
+        return Moments(
+            sharpness=float(first.values[0]),
+            nonuniformity={k: max(power, 0.0) ** (1 / k) for k, power in powers.items()},
+            powers=powers,
+            errors={1: float(first.errors[0]), **{k: float(e.errors[0]) for k, e in found.items()}},
+            unit=unit,
+            fallback=self._samples(unit).fallback,
+            converged=first.converged and all(e.converged for e in found.values()),
+            matvecs=first.matvecs + sum(e.matvecs for e in found.values()),
+            gradient_evaluations=seconds / max(self._gradient_seconds(), 1e-9),
+            seconds=seconds,
+        )
+
+    def moment_operator(self, order: int, unit: Unit = "sample") -> MomentOperator:
+        """M_order - H^order, with the interface of this one."""
+        _require(isinstance(order, int) and order >= 1, f"order must be >= 1, got {order}")
+        return MomentOperator(self, order, unit)
+
+    def _samples(self, unit: Unit) -> Samples:
+        """The per-sample Hessians at the model's present weights."""
+        _require(unit in ("sample", "batch"), f"unit must be 'sample' or 'batch', got {unit!r}")
+        _require(
+            unit == "sample" or not is_pair(self._data),
+            "unit='batch' needs data in batches, got a pair of tensors; pass list(zip(x.split(128), y.split(128)))",
+        )
+        state = _fingerprint(self._losses.model)
+        known, samples = self._moments.get(unit, (None, None))
+        if samples is None or known != state:
+            self._moments.pop(unit, None)
+            losses = Losses(self._losses.model, self._loss_fn, self._data, self.params, self.mode)
+            with full_precision():
+                samples = Samples(_module(), losses, self.memory, unit, _CHUNK, _GRAPH)
+            self._moments[unit] = state, samples
+        return samples
+
+    def _apply(self, operator: Any, v: Tensor) -> Tensor:
+        return operator.apply(v)  # type: ignore[no-any-return]
+
+    def _eigenpairs(self, operator: Any, options: Any, which: str, method: str) -> Any:
+        return _module().eigenpairs(operator, options, which, method)
+
+    def _gradient_seconds(self) -> float:
+        return float(self._operator.build_seconds) if self._operator is not None else 0.0
 
     @contextmanager
     def _products(self) -> Iterator[Any]:
@@ -193,6 +299,9 @@ class Hessian:
                 yield operator
         except RuntimeError as error:
             raise self._explained(error) from error
+        self._steady(operator)
+
+    def _steady(self, operator: Any) -> None:
         drift = operator.drift()
         _require(
             drift < 1e-4,
@@ -210,20 +319,9 @@ class Hessian:
                 rows = len(losses.data[0])
                 losses.cut(min(rows, _PROBE))
                 bytes_a_row = operator.measure() / losses.chunk
-                losses.cut(max(1, min(rows, _CHUNK, int(self.memory / max(bytes_a_row, 1)))))
+                losses.cut(max(1, min(rows, _CHUNK, int(min(self.memory, _GRAPH) / max(bytes_a_row, 1)))))
             self._operator, self._state = operator, state
         return self._operator
-
-    def _rows(self, start: Tensor) -> Tensor:
-        p = self.shape[0]
-        if not isinstance(start, Tensor) or start.dim() not in (1, 2) or len(start) != p:
-            raise ValueError(
-                f"start must be of shape ({p},) or ({p}, s), "
-                f"got {tuple(start.shape) if isinstance(start, Tensor) else type(start).__name__}"
-            )
-        rows = start.detach().reshape(p, -1).T.to(self.params[0].device, self.params[0].dtype)
-        _require(bool(rows.isfinite().all()), "start must be finite, got nan or inf in it")
-        return rows
 
     def _explained(self, error: RuntimeError) -> Exception:
         """Names the parameter behind an operation that cannot be differentiated twice."""
@@ -246,6 +344,31 @@ class Hessian:
                     "replace the operation, or leave the parameter out with params="
                 )
         return error
+
+
+class MomentOperator(Operator):
+    """M_k - H^k of the Hessians of samples (or batches), at the model's present weights."""
+
+    def __init__(self, hessian: Hessian, order: int, unit: Unit) -> None:
+        self.names, self.params, self.memory = hessian.names, hessian.params, hessian.memory
+        self.order, self.unit = order, unit
+        self._hessian = hessian
+
+    @contextmanager
+    def _products(self) -> Iterator[Any]:
+        operator = self._hessian._samples(self.unit).operator
+        with full_precision():
+            yield operator
+        self._hessian._steady(operator)
+
+    def _apply(self, operator: Any, v: Tensor) -> Tensor:
+        return operator.centred(v, self.order)  # type: ignore[no-any-return]
+
+    def _eigenpairs(self, operator: Any, options: Any, which: str, method: str) -> Any:
+        return _module().eigenpairs(operator, self.order, options, which, method)
+
+    def _gradient_seconds(self) -> float:
+        return self._hessian._gradient_seconds() or float(self._hessian._samples(self.unit).operator.build_seconds)
 
 
 def _module() -> ModuleType:

@@ -9,7 +9,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from itertools import islice
 from typing import Any
@@ -40,10 +40,15 @@ class Losses:
         self._stream: Iterator[Any] = iter(())
         self._index = 0
 
-    def cut(self, rows: int) -> None:
-        """Cut a pair of tensors into chunks of so many rows."""
+    def cut(self, rows: int, single: bool = False) -> None:
+        """Cut a pair of tensors into chunks of so many rows; `single` gives every sample as a batch of its own."""
         self.chunk = rows
+        self._single = single
         self._weights: list[float] = []  # of the batches evaluated so far
+
+    def forget(self) -> None:
+        """Let `total` take a batch that is not of the stream."""
+        self._weights, self._index = [], 0
 
     def rewind(self, batch: int) -> None:
         """Go to a batch: the next call of `next` evaluates it."""
@@ -52,11 +57,17 @@ class Losses:
 
     def next(self) -> tuple[Tensor, float] | None:
         """(Sum of the batch's losses, its number or weight of samples), or None behind the last batch."""
-        batch = next(self._stream, None)
-        if batch is None:
-            return None
+        batch = self.next_batch()
+        return None if batch is None else self.total(batch)
+
+    def next_batch(self) -> Any:
+        """The batch, or None behind the last; `total` must follow."""
+        return next(self._stream, None)
+
+    def total(self, batch: Any, capture: AbstractContextManager[Any] | None = None) -> tuple[Tensor, float]:
+        """(Sum of the batch's losses, its number or weight of samples); with `capture` the weights are constants."""
         with torch.enable_grad():
-            value, weight = self._evaluate(batch)
+            value, weight = self._evaluate(batch, capture=capture)
             if self._index == len(self._weights):  # reading it waits for the device: in the first pass only
                 self._weights.append(_checked_weight(weight, self._index))
             known = self._weights[self._index]
@@ -102,17 +113,23 @@ class Losses:
             )
 
     def _batches(self) -> Iterator[Any]:
+        batches = iter(self.data)
         if is_pair(self.data):
             inputs, targets = self.data
-            return zip(inputs.split(self.chunk), targets.split(self.chunk), strict=True)
-        return iter(self.data)
+            batches = zip(inputs.split(self.chunk), targets.split(self.chunk), strict=True)
+        if self._single:
+            return (rows(batch, slice(i, i + 1)) for batch in batches for i in range(samples(batch)))
+        return batches
 
-    def _evaluate(self, batch: Any, seed: int = 0) -> tuple[Tensor, Any]:
+    def _evaluate(
+        self, batch: Any, seed: int = 0, capture: AbstractContextManager[Any] | None = None
+    ) -> tuple[Tensor, Any]:
+        device = self.parameters[0].device
         batch = _placed(batch, self.parameters[0])
-        with untouched(self.model, self.parameters, self.mode):
-            _seed(self.parameters[0].device, seed)
+        with untouched(self.model, [] if capture else self.parameters, self.mode, device), capture or nullcontext():
+            _seed(device, seed)
             result = self.loss(self.model, batch)
-        value, weight = result if isinstance(result, tuple) else (result, _samples(batch))
+        value, weight = result if isinstance(result, tuple) else (result, samples(batch))
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             raise ValueError(
                 f"loss_fn must return the mean loss over the batch as a scalar tensor, got {_described(value)} "
@@ -136,7 +153,7 @@ def full_precision() -> Iterator[None]:
 
 
 @contextmanager
-def untouched(model: nn.Module, parameters: list[nn.Parameter], mode: str) -> Iterator[None]:
+def untouched(model: nn.Module, parameters: list[nn.Parameter], mode: str, device: torch.device) -> Iterator[None]:
     """Forward passes inside can be differentiated twice by `parameters` and leave no trace on the model.
 
     Modes, buffers, `requires_grad` and the random state are put back, on errors too.
@@ -144,7 +161,6 @@ def untouched(model: nn.Module, parameters: list[nn.Parameter], mode: str) -> It
     wanted = {id(p) for p in parameters}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
     modes = [(module, module.training) for module in model.modules()]
-    device = parameters[0].device
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
         stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -243,6 +259,17 @@ def _placed(batch: Any, like: Tensor) -> Any:
     return batch
 
 
+def rows(batch: Any, index: slice) -> Any:
+    """Some samples of a batch."""
+    if isinstance(batch, Tensor):
+        return batch[index] if batch.dim() else batch
+    if isinstance(batch, dict):
+        return {key: rows(value, index) for key, value in batch.items()}
+    if type(batch) in (tuple, list):
+        return type(batch)(rows(value, index) for value in batch)
+    return batch
+
+
 def _sizes(batch: Any) -> set[int]:
     """The numbers of rows of all tensors in a batch."""
     if isinstance(batch, Tensor):
@@ -256,7 +283,7 @@ def _sizes(batch: Any) -> set[int]:
     return set()
 
 
-def _samples(batch: Any) -> int:
+def samples(batch: Any) -> int:
     """How many samples a batch holds, where that is beyond doubt."""
     sizes = _sizes(batch)
     if len(sizes) != 1:
@@ -305,8 +332,7 @@ class _Criterion:
         inputs, targets = batch
         loss = self.criterion(model(inputs), targets)
         if self.reduction == "sum":
-            samples = len(targets)
-            return loss / max(samples, 1), samples
+            return loss / max(len(targets), 1), len(targets)
         return loss, self._denominator(targets)
 
     def _denominator(self, targets: Tensor) -> int | Tensor:

@@ -1,0 +1,295 @@
+#include "moments.h"
+
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/engine.h>
+
+namespace samlite {
+
+namespace {
+
+using torch::autograd::Edge;
+
+// Cotangents at the roots pulled back to the edges; undefined where nothing arrives.
+std::vector<Tensor> pull_back(const std::vector<Tensor>& roots, const std::vector<Tensor>& cotangents,
+                              const std::vector<Edge>& edges, bool create_graph) {
+  if (roots.empty()) return std::vector<Tensor>(edges.size());
+  torch::autograd::edge_list root_edges;
+  for (const auto& root : roots) root_edges.push_back(torch::autograd::impl::gradient_edge(root));
+  return torch::autograd::Engine::get_default_engine().execute(root_edges, cotangents, /*keep_graph=*/true,
+                                                               create_graph, /*accumulate_grad=*/false, edges);
+}
+
+struct Tap : torch::autograd::Function<Tap> {
+  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& a, const Tensor& eta) {
+    context->save_for_backward({eta});
+    return a.view_as(a);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list gradients) {
+    return {gradients[0] + context->get_saved_variables()[0], Tensor()};
+  }
+};
+
+void accumulate(Tensor& sum, const Tensor& term) { sum = sum.defined() ? sum + term : term; }
+
+}  // namespace
+
+Tensor Layout::first(const Tensor& t) const {
+  if (outer == 1 && inner == 1) return t.movedim(dim, 0);
+  auto shape = t.sizes().vec();
+  shape.erase(shape.begin() + dim);
+  shape.insert(shape.begin() + dim, {outer, n, inner});
+  return t.reshape(shape).movedim(dim + 1, 0);
+}
+
+Tensor Layout::back(const Tensor& t, const Tensor& like) const {
+  return outer == 1 && inner == 1 ? t.movedim(0, dim) : t.movedim(0, dim + 1).reshape(like.sizes());
+}
+
+std::tuple<Tensor, Tensor> tap(const Tensor& a) {
+  Tensor eta = at::zeros_like(a).requires_grad_();
+  return {Tap::apply(a, eta), eta};
+}
+
+Site::Site(std::optional<Tensor> a, std::optional<Tensor> eta, const Tensor& z, Layout layout)
+    : a_(a.value_or(Tensor())),
+      eta_(eta.value_or(Tensor())),
+      z_(torch::autograd::impl::gradient_edge(z)),
+      layout_(layout) {}
+
+Chain::Chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites, int64_t n, std::vector<Tensor> params)
+    : n_(n), params_(std::move(params)), rows_(params_.size(), false) {
+  if (!loss.requires_grad()) return;
+  std::vector<Edge> edges;
+  for (const auto& site : sites) edges.push_back(site->z_);
+  c10::AutoGradMode grad(true);
+  const auto deltas = pull_back({loss}, {at::ones_like(loss)}, edges, /*create_graph=*/true);
+  for (size_t i = 0; i < sites.size(); ++i) {
+    if (!deltas[i].defined()) continue;  // its output is not used
+    auto& site = *sites[i];
+    site.delta_ = deltas[i];
+    site.delta_first_ = site.layout_.first(site.delta_.detach());
+    if (site.a_.defined()) site.a_first_ = site.layout_.first(site.a_.detach());
+    sites_.push_back(sites[i]);
+  }
+  for (size_t p = 0; p < params_.size(); ++p) {
+    const Use* common = nullptr;
+    int64_t positions = 0;
+    bool rows = true;
+    for (const auto& site : sites_)
+      for (const auto& use : site->uses_) {
+        if (use.param != static_cast<int64_t>(p)) continue;
+        rows = rows && use.has_rows() && (!common || use.same_view(*common));
+        common = &use;
+        if (rows) positions += use.positions(site->delta_first_);
+      }
+    rows_[p] = rows && common && common->gram_cost(positions) < common->materialised_cost();
+  }
+}
+
+// One reverse pass: from the layers' linear responses to the direction, to the derivatives along it.
+std::vector<Chain::Dots> Chain::step(const std::vector<Direction>& direction) const {
+  std::vector<Tensor> roots, cotangents;
+  std::vector<Edge> edges;
+  for (const auto& site : sites_) {
+    Tensor at_delta, at_a;
+    const bool wants_a = site->eta_.defined();
+    for (const auto& use : site->uses_) {
+      const auto& [shared, whole, left, right] = direction[use.param];
+      const Tensor &a = site->a_first_, &delta = site->delta_first_;
+      const bool into_a = wants_a && use.kind != Kind::shift && use.kind != Kind::embedding;
+      if (left.defined()) {
+        const Tensor rows = use.input_rows(a);
+        accumulate(at_delta, use.to_output(rows.bmm(right.mT()).bmm(left), delta));
+        if (into_a) accumulate(at_a, use.to_input(use.output_rows(delta).bmm(left.mT()).bmm(right), a));
+      } else {
+        const bool per_sample = whole.defined();
+        const Tensor theta = per_sample ? use.view_per_sample(whole) : use.view(shared);
+        accumulate(at_delta, use.apply(theta, a, delta, per_sample));
+        if (into_a) accumulate(at_a, use.adjoint(theta, a, delta, per_sample));
+      }
+    }
+    if (site->delta_.requires_grad()) {
+      roots.push_back(site->delta_);
+      cotangents.push_back(site->layout_.back(at_delta, site->delta_));
+    }
+    if (at_a.defined() && site->a_.requires_grad()) {
+      roots.push_back(site->a_);
+      cotangents.push_back(site->layout_.back(at_a, site->a_));
+    }
+    edges.push_back(site->z_);
+    if (wants_a) edges.push_back(torch::autograd::impl::gradient_edge(site->eta_));
+  }
+  const auto captured = pull_back(roots, cotangents, edges, /*create_graph=*/false);
+  std::vector<Dots> dots;
+  size_t next = 0;
+  for (const auto& site : sites_) {
+    Dots dot;
+    if (captured[next].defined()) dot.delta = site->layout_.first(captured[next]);
+    ++next;
+    if (site->eta_.defined()) {
+      if (captured[next].defined()) dot.a = site->layout_.first(captured[next]);
+      ++next;
+    }
+    dots.push_back(dot);
+  }
+  return dots;
+}
+
+// Powers of small Hessians reach denormal numbers, which are a hundred times slower on a CPU: each sample's derivatives
+// are scaled to a norm of 1. Returns the scale: (n,).
+Tensor Chain::normalise(std::vector<Dots>& dots) const {
+  Tensor square;
+  for (const auto& dot : dots)
+    for (const auto& t : {dot.delta, dot.a})
+      if (t.defined()) accumulate(square, at::linalg_vector_norm(t.reshape({n_, -1}), 2, at::IntArrayRef{1}).square());
+  if (!square.defined()) return at::ones({n_}, params_[0].options().requires_grad(false));
+  Tensor scale = square.sqrt();
+  scale.masked_fill_(scale == 0, 1);
+  for (auto& dot : dots)
+    for (auto* t : {&dot.delta, &dot.a})
+      if (t->defined()) {
+        std::vector<int64_t> shape(t->dim(), 1);
+        shape[0] = n_;
+        *t = *t / scale.view(shape);
+      }
+  return scale;
+}
+
+std::vector<Chain::Direction> Chain::directions(const std::vector<Dots>& dots) const {
+  std::vector<Direction> result(params_.size());
+  std::vector<std::vector<Tensor>> left(params_.size()), right(params_.size());
+  for (size_t s = 0; s < sites_.size(); ++s) {
+    const auto& [delta_dot, a_dot] = dots[s];
+    const Tensor &a = sites_[s]->a_first_, &delta = sites_[s]->delta_first_;
+    for (const auto& use : sites_[s]->uses_) {
+      const bool through_a = a_dot.defined() && use.kind != Kind::shift && use.kind != Kind::embedding;
+      if (rows_[use.param]) {
+        if (delta_dot.defined()) {
+          left[use.param].push_back(use.output_rows(delta_dot));
+          right[use.param].push_back(use.input_rows(a));
+        }
+        if (through_a) {
+          left[use.param].push_back(use.output_rows(delta));
+          right[use.param].push_back(use.input_rows(a_dot));
+        }
+        continue;
+      }
+      auto& whole = result[use.param].whole;
+      const auto add = [&](const Tensor& x, const Tensor& d, bool linear_in_a) {
+        Use plain = use;
+        if (linear_in_a) plain.mean = std::nullopt;
+        Tensor g = linear_in_a && use.inverse ? plain.gradient(x * *use.inverse, d, true) : plain.gradient(x, d, true);
+        if (!whole.defined()) whole = at::zeros({n_, params_[use.param].numel()}, g.options());
+        use.view_per_sample(whole).add_(g);
+      };
+      if (delta_dot.defined()) add(a, delta_dot, false);
+      if (through_a) add(a_dot, delta, true);
+    }
+  }
+  for (size_t p = 0; p < params_.size(); ++p) {
+    if (!left[p].empty()) {
+      result[p].left = at::cat(left[p], 1);
+      result[p].right = at::cat(right[p], 1);
+    } else if (!result[p].whole.defined()) {
+      result[p].shared = at::zeros({params_[p].numel()}, params_[p].options().requires_grad(false));
+    }
+  }
+  return result;
+}
+
+// out += sum_i scale_i (delta_i' a_i^T + delta_i a_i'^T), one ordinary product of matrices a layer.
+void Chain::add_mean(const std::vector<Dots>& dots, const Tensor& scale, std::vector<Tensor>& out) const {
+  const auto scaled = [&](const Tensor& t) {
+    std::vector<int64_t> shape(t.dim(), 1);
+    shape[0] = n_;
+    return scale.defined() ? t * scale.view(shape) : t;
+  };
+  for (size_t s = 0; s < sites_.size(); ++s) {
+    const Tensor delta_dot = dots[s].delta.defined() ? scaled(dots[s].delta) : Tensor();
+    const Tensor a_dot = dots[s].a.defined() ? scaled(dots[s].a) : Tensor();
+    const Tensor &a = sites_[s]->a_first_, &delta = sites_[s]->delta_first_;
+    for (const auto& use : sites_[s]->uses_) {
+      const Tensor target = use.view(out[use.param]);
+      if (delta_dot.defined()) target.add_(use.gradient(a, delta_dot, false));
+      if (a_dot.defined() && use.kind != Kind::shift && use.kind != Kind::embedding) {
+        Use plain = use;
+        plain.mean = std::nullopt;
+        target.add_(plain.gradient(use.inverse ? a_dot * *use.inverse : a_dot, delta, false));
+      }
+    }
+  }
+}
+
+void Chain::add(const Tensor& v, Tensor& out) {
+  std::vector<Direction> direction;
+  for (const auto& part : views(v, params_)) direction.push_back({part.flatten(), {}, {}, {}});
+  Tensor scale;
+  for (int64_t k = 0; k < out.size(0); ++k) {
+    auto dots = step(direction);
+    std::vector<Tensor> sums;
+    for (const auto& part : views(out[k], params_)) sums.push_back(part.flatten());
+    add_mean(dots, scale, sums);
+    if (k + 1 == out.size(0)) return;
+    const Tensor factor = normalise(dots);
+    scale = scale.defined() ? scale * factor : factor;
+    direction = directions(dots);
+  }
+}
+
+void Whole::add(const Tensor& v, Tensor& out) {
+  Tensor u = v;
+  double scale = 1;
+  for (int64_t k = 0; k < out.size(0); ++k) {
+    Tensor next = at::zeros_like(u);
+    auto sums = views(next, params_);
+    gradient_.add_product(params_, views(u, params_), sums);
+    u = mean_ ? next.div_(weight_) : next;
+    out[k].add_(u, mean_ ? weight_ : scale);
+  }
+}
+
+Moments::Moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind,
+                 std::function<std::optional<std::tuple<Graph, Tensor, double>>()> next, bool batches, int64_t memory,
+                 std::function<void()> check_signals)
+    : params_(std::move(params)),
+      batches_(batches),
+      graphs_(
+          std::move(rewind),
+          [next = std::move(next)]() -> std::optional<Graphs<Graph>::Batch> {
+            auto item = next();
+            if (!item) return std::nullopt;
+            auto& [graph, loss, weight] = *item;
+            return Graphs<Graph>::Batch{std::move(graph), loss, weight};
+          },
+          memory, std::move(check_signals)) {
+  for (const auto& p : params_) numel_ += p.numel();
+}
+
+// Sample i's loss is scaled so that H = (1/n) sum_i H_i, whatever the denominator of the mean loss.
+Tensor Moments::apply(const Tensor& v, int64_t order) {
+  Tensor out = at::zeros({order, v.numel()}, v.options());
+  int64_t samples = 0;
+  graphs_.pass([&](const Graph& graph, double) {
+    graph->add(v, out);
+    samples += graph->samples();
+  });
+  if (batches_) return out.div_(graphs_.weight());
+  const double share = static_cast<double>(samples) / graphs_.weight();
+  for (int64_t k = 0; k < order; ++k) out[k].mul_(std::pow(share, static_cast<double>(k + 1)) / samples);
+  return out;
+}
+
+int64_t Moments::measure() {
+  Tensor out = at::zeros({2, numel_}, params_[0].options().requires_grad(false));
+  return graphs_.measure([&](const Graph& graph) { graph->add(out[0].add(1), out); });
+}
+
+Tensor Moments::centred(const Tensor& v, int64_t order) {
+  const Tensor moments = apply(v, order);
+  Tensor power = moments[0];
+  for (int64_t k = 1; k < order; ++k) power = apply(power, 1)[0];
+  return moments[order - 1] - power;
+}
+
+}  // namespace samlite

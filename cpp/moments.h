@@ -1,0 +1,119 @@
+// Per-sample Hessian chains H_i^k v at the price of Hessian-vector products.
+//
+// With the inputs a and output gradients delta of each layer, H_i v is a sum of two outer products a layer,
+// delta' a^T + delta a'^T, where dots are derivatives along v. So a direction that differs from sample to sample is
+// kept as (delta', a'), never as n vectors of length p. The derivatives themselves come from one reverse pass: with
+// t(v) = sum over layers of <delta, V a>, dt/dz = delta' by the symmetry of second derivatives, and dt/deta = a', where
+// eta is a zero added to the gradient of a (`tap`).
+#pragma once
+
+#include <torch/csrc/autograd/edge.h>
+#include <torch/csrc/autograd/function.h>
+
+#include <memory>
+
+#include "hessian.h"
+#include "layers.h"
+
+namespace samlite {
+
+// Where the samples are in a tensor: dimension `dim` has the size outer * n * inner.
+struct Layout {
+  int64_t dim = 0, outer = 1, n = 1, inner = 1;
+  Tensor first(const Tensor& t) const;                     // -> (n, ..., outer, inner, ...), ones left out
+  Tensor back(const Tensor& t, const Tensor& like) const;  // -> as it was
+};
+
+// The identity, whose backward pass adds eta, a zero that stands for the derivative of a.
+std::tuple<Tensor, Tensor> tap(const Tensor& a);  // -> (a, eta)
+
+// One layer as it was called. The edge of z is taken at once: an operation in place on z may follow.
+class Site {
+ public:
+  Site(std::optional<Tensor> a, std::optional<Tensor> eta, const Tensor& z, Layout layout);
+  void add(Use use) { uses_.push_back(std::move(use)); }
+
+ private:
+  friend class Chain;
+  Tensor a_, eta_, delta_;  // a and delta as in the graph
+  Tensor a_first_, delta_first_;
+  torch::autograd::Edge z_;
+  Layout layout_;
+  std::vector<Use> uses_;
+};
+
+// What multiplies to powers of Hessians: the samples of a batch, or the batch as a whole.
+class Powers {
+ public:
+  virtual ~Powers() = default;
+  // out[k] += the sum of H_i^(k+1) v over its samples, H_i not yet scaled. v: (p,), out: (orders, p).
+  virtual void add(const Tensor& v, Tensor& out) = 0;
+  virtual int64_t samples() const = 0;
+};
+
+class Chain : public Powers {
+ public:
+  // loss: the sum over n samples; sites: where the parameters act on them.
+  Chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites, int64_t n, std::vector<Tensor> params);
+  void add(const Tensor& v, Tensor& out) override;
+  int64_t samples() const override { return n_; }
+
+ private:
+  // A direction of one parameter: one for all samples, or one a sample, as a whole or as rows of outer products.
+  struct Direction {
+    Tensor shared;       // (numel,)
+    Tensor whole;        // (n, numel)
+    Tensor left, right;  // (n, rows, out), (n, rows, in)
+  };
+  struct Dots {
+    Tensor delta, a;  // sample-first; not defined where they are zero
+  };
+  std::vector<Dots> step(const std::vector<Direction>& direction) const;
+  std::vector<Direction> directions(const std::vector<Dots>& dots) const;
+  void add_mean(const std::vector<Dots>& dots, const Tensor& scale, std::vector<Tensor>& out) const;
+  Tensor normalise(std::vector<Dots>& dots) const;
+
+  std::vector<std::shared_ptr<Site>> sites_;
+  int64_t n_;
+  std::vector<Tensor> params_;
+  std::vector<bool> rows_;  // of each parameter: kept as rows
+};
+
+// A batch as one sample, through its gradient's graph.
+class Whole : public Powers {
+ public:
+  // mean: H is that of the loss over its weight, and counts by its weight.
+  Whole(const Tensor& loss, double weight, bool mean, std::vector<Tensor> params)
+      : gradient_(loss, params), weight_(weight), mean_(mean), params_(std::move(params)) {}
+  void add(const Tensor& v, Tensor& out) override;
+  int64_t samples() const override { return 1; }
+
+ private:
+  Gradient gradient_;
+  double weight_;
+  bool mean_;
+  std::vector<Tensor> params_;
+};
+
+// M_k v = (1/n) sum_i H_i^k v over a data set; with `batches`, i runs over batches by their weight.
+class Moments {
+ public:
+  using Graph = std::shared_ptr<Powers>;
+  Moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind,
+          std::function<std::optional<std::tuple<Graph, Tensor, double>>()> next, bool batches, int64_t memory,
+          std::function<void()> check_signals);
+  Tensor apply(const Tensor& v, int64_t order);    // -> (order, p): M_1 v, ..., M_order v
+  Tensor centred(const Tensor& v, int64_t order);  // -> (p,): (M_order - H^order) v
+  int64_t measure();                               // bytes that two steps through the first batch take
+  int64_t numel() const { return numel_; }
+  const std::vector<Tensor>& params() const { return params_; }
+  Graphs<Graph>& graphs() { return graphs_; }
+
+ private:
+  std::vector<Tensor> params_;
+  bool batches_;
+  int64_t numel_ = 0, samples_ = 0;
+  Graphs<Graph> graphs_;
+};
+
+}  // namespace samlite

@@ -1,0 +1,171 @@
+"""Moments of the per-sample Hessians, M_k = (1/n) sum_i H_i^k, their non-uniformity and linear stability.
+
+M_k v costs k steps, each about as much as a product H v: `samlite._C` carries H_i^k v for all samples at once in
+factored form (see ``cpp/moments.h``), from layers that `samlite.capture` records. Models that use a parameter in a way
+it has no rule for are measured one sample at a time: exact as well, and slow, with a warning that names the operation.
+
+Definitions: s_k = lambda_max(M_k - H^k)^(1/k), after Wu, Ma and E, "How SGD selects the global minima" (2018).
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from samlite.capture import Capture, Plan, Uncovered, find_plan
+from samlite.losses import Losses, is_pair, rows, samples
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+Unit = Literal["sample", "batch"]
+
+_PROBE_ROWS = (3, 5, 7, 2)  # samples that are looked at to find where samples are
+_AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-9}  # of a chain and plain autograd on them
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sharpness a = lambda_max(H) and the non-uniformity s_k of the per-sample Hessians, k = 2 .. order."""
+
+    sharpness: float
+    nonuniformity: dict[int, float]  # k: s_k, 0 where the power is negative
+    powers: dict[int, float]  # k: lambda_max(M_k - H^k), with its sign
+    errors: dict[int, float]  # k: bound on the error of that eigenvalue; 1: of the sharpness
+    unit: str  # of what the Hessians are: "sample" or "batch"
+    fallback: str | None  # the operation for which samples were measured one at a time
+    converged: bool
+    matvecs: int  # products with H and with M_k - H^k
+    gradient_evaluations: float
+    seconds: float
+
+
+class Samples:
+    """The per-sample (or per-batch) Hessians of a data set, at the present weights.
+
+    Args:
+        losses: the data set; its own cut is used.
+        names: of `losses.parameters`, for messages.
+        memory: bytes that the kept graphs may take.
+    """
+
+    def __init__(self, module: ModuleType, losses: Losses, memory: int, unit: Unit, chunk: int, graph: int) -> None:
+        self._c, self._losses, self._unit = module, losses, unit
+        self.fallback: str | None = None
+        self._plan: Plan | None = None
+        if unit == "sample":
+            try:
+                self._plan = self._checked_plan()
+            except Uncovered as reason:
+                self.fallback = str(reason)
+                warnings.warn(
+                    f"no per-sample rule for {reason}: every sample is measured by itself, exactly but slowly",
+                    stacklevel=4,
+                )
+        self.operator = module.Moments(
+            losses.parameters, losses.rewind, self._next, batches=unit == "batch", memory=memory
+        )
+        if self._plan is not None and is_pair(losses.data):
+            size = len(losses.data[0])
+            losses.cut(min(size, 64))
+            a_row = self.operator.measure() / losses.chunk
+            losses.cut(max(1, min(size, chunk, int(min(memory, graph) / max(a_row, 1)))))
+        else:  # also forgets the probes
+            losses.cut(losses.chunk, single=unit == "sample" and self._plan is None)
+
+    def _next(self) -> tuple[Any, Tensor, float] | None:
+        batch = self._losses.next_batch()
+        if batch is None:
+            return None
+        if self._plan is None:
+            total, weight = self._losses.total(batch)
+            whole = self._c.whole(total, weight, self._unit == "batch", self._losses.parameters)
+            return whole, total.detach(), weight
+        return self._chain(batch, self._plan)
+
+    def _chain(self, batch: Any, plan: Plan, copy: bool = False) -> tuple[Any, Tensor, float]:
+        count = samples(batch)
+        capture = Capture(self._losses.parameters, count, plan, copy)
+        total, weight = self._losses.total(batch, capture)
+        if capture.modified() and not copy:
+            return self._chain(batch, plan, copy=True)
+        return self._c.chain(total, capture.sites, count, self._losses.parameters), total.detach(), weight
+
+    # --- The plan, and the proof that it is right
+
+    def _checked_plan(self) -> Plan:
+        """Where samples are in each layer, checked on a few of them against plain autograd."""
+        self._losses.rewind(0)
+        batch = self._losses.next_batch()
+        try:
+            count = samples(batch)
+        except ValueError as error:
+            raise ValueError(
+                "moments need batches with one row a sample in every tensor; give one sample a batch and use "
+                f"unit='batch' ({error})"
+            ) from error
+        dims = {size for t in _parts(batch) for size in t.shape[1:]}
+        few = next((r for r in _PROBE_ROWS if r <= count and all(size % r for size in dims if size > 1)), min(count, 3))
+        batch = rows(batch, slice(0, few))
+        base = self._seen(batch)
+        plan = find_plan(base, [self._seen(_changed(batch, j)) for j in range(few)])
+        self._check(batch, plan)
+        return plan
+
+    def _seen(self, batch: Any) -> Capture:
+        capture = Capture(self._losses.parameters, samples(batch))
+        self._losses.forget()
+        with torch.no_grad():
+            self._losses.total(batch, capture)
+        return capture
+
+    def _check(self, batch: Any, plan: Plan) -> None:
+        params = self._losses.parameters
+        like = params[0]
+        v = torch.randn(sum(p.numel() for p in params), generator=torch.Generator().manual_seed(0))
+        v = v.to(like.device, like.dtype)
+        self._losses.forget()
+        chain = self._chain(batch, plan)[0](v, 2)
+        plain = torch.zeros_like(chain)
+        for i in range(samples(batch)):
+            self._losses.forget()
+            total, weight = self._losses.total(rows(batch, slice(i, i + 1)))
+            plain += self._c.whole(total, weight, False, params)(v, 2)
+        for mine, right in zip(chain, plain, strict=True):
+            if float((mine - right).norm()) > _AGREEMENT[like.dtype] * float(right.norm()) + 1e-30:
+                raise Uncovered("this model: its chains disagree with plain autograd")
+
+
+def _parts(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, dict):
+        for value in batch.values():
+            yield from _parts(value)
+    elif isinstance(batch, tuple | list):
+        for value in batch:
+            yield from _parts(value)
+
+
+def _changed(batch: Any, j: int) -> Any:
+    """The batch with sample j replaced by its neighbour, its numbers scaled."""
+    if isinstance(batch, Tensor):
+        if batch.dim() == 0:
+            return batch
+        other = batch.clone()
+        other[j] = batch[(j + 1) % len(batch)]
+        if batch.is_floating_point():
+            other[j] *= 1.37
+        return other
+    if isinstance(batch, dict):
+        return {key: _changed(value, j) for key, value in batch.items()}
+    if type(batch) in (tuple, list):
+        return type(batch)(_changed(value, j) for value in batch)
+    return batch
