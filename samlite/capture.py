@@ -40,26 +40,19 @@ class Capture(TorchFunctionMode):
     Args:
         params: the measured parameters; they must not require a gradient during the pass.
         plan: where the samples are, as `find_plan` gives it; None only records `probes`.
-        copy: keep copies of the inputs, where the model overwrites them in place.
     """
 
-    def __init__(self, params: Sequence[Tensor], samples: int, plan: Plan | None = None, copy: bool = False) -> None:
+    def __init__(self, params: Sequence[Tensor], samples: int, plan: Plan | None = None) -> None:
         super().__init__()
         self.samples = samples
         self.plan = plan
-        self.copy = copy
         self.sites: list[Any] = []
         self.probes: list[Probe] = []
-        self._inputs: list[tuple[Tensor, int]] = []  # of sites, with their version
         self._params = params
         self._where = {p.untyped_storage().data_ptr(): i for i, p in enumerate(params)}
         self.lookups: list[bool] = []  # of each embedding: whether its rows are the same for all samples
         self._pending: dict[int, tuple[Tensor, Tensor, Any]] = {}  # such (output, rows, use), by the output's id
         self._c = import_module("samlite._C")
-
-    def modified(self) -> bool:
-        """Whether an input was later overwritten in place."""
-        return any(tensor._version != version for tensor, version in self._inputs)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -107,6 +100,9 @@ class Capture(TorchFunctionMode):
                 if kind not in ("scale", "shift"):
                     raise Uncovered(f"{kind} with an expanded parameter")
                 sizes[i] = 1
+        if kind in ("scale", "shift"):  # leading ones only broadcast
+            filled = next((i for i, size in enumerate(sizes) if size > 1), len(sizes))
+            sizes, strides = sizes[filled:], strides[filled:]
         return self._c.Use(getattr(self._c.Kind, kind), index, sizes, strides, offset)
 
     # --- Sites
@@ -115,12 +111,12 @@ class Capture(TorchFunctionMode):
         """The input with its tap; without one where it is a constant."""
         if self.plan is None or not a.requires_grad:
             return a, None
-        if self.copy:
-            a = a.clone()
         tapped, eta = self._c.tap(a)
         return tapped, eta
 
-    def site(self, z: Tensor, uses: list[Any], a: Tensor | None = None, eta: Tensor | None = None, features: int = 1) -> Tensor:
+    def site(
+        self, z: Tensor, uses: list[Any], a: Tensor | None = None, eta: Tensor | None = None, features: int = 1
+    ) -> Tensor:
         """Records z = uses . a; `features`: how many trailing dimensions are not positions. Returns z."""
         shown = z if a is None else a
         if self.plan is None:
@@ -129,8 +125,6 @@ class Capture(TorchFunctionMode):
         if not z.requires_grad:
             z = z + z.new_zeros(()).requires_grad_()
         layout = self.plan.layout(len(self.sites), shown, self.samples)
-        if a is not None:
-            self._inputs.append((a, a._version))
         site = self._c.Site(a, eta, z, layout)
         for use in uses:
             site.add(use)
@@ -174,8 +168,10 @@ def _addmm(c: Capture, bias: Tensor, input: Tensor, weight: Tensor) -> Any:
 
 def _convolution(dimensions: int, function: Callable[..., Tensor]) -> Callable[..., Any]:
     def each(value: Any) -> list[int]:
-        return [int(value)] * dimensions if isinstance(value, int) else [int(v) for v in value] * (
-            dimensions if len(value) == 1 else 1
+        return (
+            [int(value)] * dimensions
+            if isinstance(value, int)
+            else [int(v) for v in value] * (dimensions if len(value) == 1 else 1)
         )
 
     def convolution(
@@ -194,9 +190,7 @@ def _convolution(dimensions: int, function: Callable[..., Tensor]) -> Callable[.
             raise Uncovered(f"conv{dimensions}d without a sample dimension")
         stride, dilation = each(stride), each(dilation)
         if isinstance(padding, str):
-            total = [
-                (d * (k - 1) if padding == "same" else 0) for d, k in zip(dilation, weight.shape[2:], strict=True)
-            ]
+            total = [(d * (k - 1) if padding == "same" else 0) for d, k in zip(dilation, weight.shape[2:], strict=True)]
             if any(t % 2 for t in total):
                 input = F.pad(input, [x for t in reversed(total) for x in (0, t % 2)])
             padding = [t // 2 for t in total]
@@ -459,6 +453,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.lstm: _lstm,
     F.multi_head_attention_forward: _attention,
 }
+
 
 def _name(func: Any) -> str:
     return resolve_name(func) or getattr(func, "__name__", str(func))

@@ -224,7 +224,13 @@ class Hessian(Operator):
         self._moments: dict[str, tuple[list[tuple[Any, ...]], Samples]] = {}
 
     def moments(
-        self, order: int = 4, unit: Unit = "sample", *, tol: float = 1e-3, seed: int = 0, progress: Progress | None = None
+        self,
+        order: int = 4,
+        unit: Unit = "sample",
+        *,
+        tol: float = 1e-3,
+        seed: int = 0,
+        progress: Progress | None = None,
     ) -> Moments:
         """Sharpness a and the non-uniformity s_2 .. s_order of the per-sample Hessians (or of those of batches).
 

@@ -90,12 +90,10 @@ class Samples:
             return whole, total.detach(), weight
         return self._chain(batch, self._plan)
 
-    def _chain(self, batch: Any, plan: Plan, copy: bool = False) -> tuple[Any, Tensor, float]:
+    def _chain(self, batch: Any, plan: Plan) -> tuple[Any, Tensor, float]:
         count = samples(batch)
-        capture = Capture(self._losses.parameters, count, plan, copy)
+        capture = Capture(self._losses.parameters, count, plan)
         total, weight = self._losses.total(batch, capture)
-        if capture.modified() and not copy:
-            return self._chain(batch, plan, copy=True)
         return self._c.chain(total, capture.sites, count, self._losses.parameters), total.detach(), weight
 
     # --- The plan, and the proof that it is right

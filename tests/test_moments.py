@@ -1,0 +1,307 @@
+"""Per-sample Hessian chains, against dense per-sample Hessians in float64."""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from samlite import Hessian
+
+ROUNDING = 1e-10  # relative; products of well-scaled matrices in float64 lose a few digits at most
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Residual(nn.Module):
+    """Convolutions, batch norm, in-place ReLU and an in-place sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.second, self.skip = nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=2), nn.Conv2d(4, 4, 1, 2)
+        self.head, self.relu = nn.Linear(4, 3), nn.ReLU(inplace=True)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.norm(self.first(x)))
+        out = self.second(h)
+        out += self.skip(h)
+        return self.head(self.relu(out).mean((2, 3)))
+
+
+class Transformer(nn.Module):
+    """A class token, learned positions, and torch's encoder layer, which is time-first inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(1, 5, 4))
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, dropout=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], 1) + self.positions
+        return self.head(self.encoder(h)[:, 0])
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(3, 3, 2, batch_first=True, bidirectional=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+class Tied(nn.Module):
+    """Output weights are the embedding's; positions are looked up once for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.positions, self.inner = nn.Embedding(7, 4), nn.Embedding(5, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.words(x) + self.positions(torch.arange(x.shape[1]))
+        return F.linear(torch.tanh(self.inner(h)), self.words.weight).mean(1)
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(6, *shape)
+
+
+def flat(*layers: nn.Module, features: int) -> nn.Module:
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 3))
+
+
+CASES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "MLP": lambda: (nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), images(4)),
+    "CNN with batch norm and residuals": lambda: (Residual(), images(2, 6, 6)),
+    "transformer": lambda: (Transformer(), images(4, 3)),
+    "LSTM": lambda: (Recurrent(), images(4, 3)),
+    "tied weights": lambda: (Tied(), torch.randint(0, 7, (6, 5))),
+    "linear over positions": lambda: (flat(nn.Linear(3, 4), nn.Softplus(), features=20), images(5, 3)),
+    "conv1d, dilated, padded the same": lambda: (
+        flat(nn.Conv1d(2, 3, 3, dilation=2, padding="same"), nn.Softplus(), features=15),
+        images(2, 5),
+    ),
+    "conv2d of one position": lambda: (
+        flat(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 1), features=4),
+        images(2, 3, 3),
+    ),
+    "conv3d and group norm": lambda: (
+        flat(nn.Conv3d(2, 2, 2), nn.Tanh(), nn.GroupNorm(2, 2), features=16),
+        images(2, 3, 3, 3),
+    ),
+    "layer norm and PReLU": lambda: (
+        nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.PReLU(), nn.Linear(4, 3)),
+        images(4),
+    ),
+    "RMS norm": lambda: (nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4), nn.Tanh(), nn.Linear(4, 3)), images(4)),
+    "no bias": lambda: (nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False)), images(4)),
+}
+
+
+def prepared(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    model, x = CASES[name]()
+    return model.eval(), x, torch.randint(0, 3, (len(x),))
+
+
+def dense(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """(n, p, p) per-sample Hessians, a row at a time by autograd."""
+    params = list(model.parameters())
+
+    def flattened(parts: tuple[Tensor | None, ...]) -> Tensor:
+        filled = [torch.zeros_like(p) if part is None else part for part, p in zip(parts, params, strict=True)]
+        return torch.cat([part.reshape(-1) for part in filled])
+
+    hessians = []
+    with sdpa_kernel(SDPBackend.MATH):
+        for i in range(len(x)):
+            loss = criterion(model(x[i : i + 1]), y[i : i + 1])
+            gradient = flattened(torch.autograd.grad(loss, params, create_graph=True, allow_unused=True))
+            hessians.append(
+                torch.stack(
+                    [flattened(torch.autograd.grad(g, params, retain_graph=True, allow_unused=True)) for g in gradient]
+                )
+            )
+    return torch.stack(hessians)
+
+
+def moment(hessians: Tensor, order: int) -> Tensor:
+    return torch.linalg.matrix_power(hessians, order).mean(0)
+
+
+def largest(matrix: Tensor) -> float:
+    return float(torch.linalg.eigvalsh(matrix)[-1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_with_moments_are_those_of_dense_hessians(name):
+    model, x, y = prepared(name)
+    hessians = dense(model, nn.CrossEntropyLoss(), x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no fallback
+        hessian = Hessian(model, nn.CrossEntropyLoss(), (x, y))
+        v = torch.randn(hessian.shape[0])
+        for order in range(1, 5):
+            power = torch.linalg.matrix_power(hessians.mean(0), order)
+            expected = moment(hessians, order) @ v - power @ v
+            scale = (moment(hessians, order) @ v).norm()
+            assert (hessian.moment_operator(order) @ v - expected).norm() <= ROUNDING * scale
+
+
+def test_moments_are_the_top_eigenvalues_of_the_dense_matrices():
+    model, x, y = prepared("MLP")
+    hessians = dense(model, nn.CrossEntropyLoss(), x, y)
+    mean = hessians.mean(0)
+    found = Hessian(model, nn.CrossEntropyLoss(), (x, y)).moments(tol=1e-9)
+    assert found.converged and found.fallback is None
+    assert found.sharpness == pytest.approx(largest(mean), rel=1e-8)
+    for k in (2, 3, 4):
+        right = largest(moment(hessians, k) - torch.linalg.matrix_power(mean, k))
+        assert abs(found.powers[k] - right) <= 1e-8 * largest(moment(hessians, k))
+        assert abs(found.powers[k] - right) <= found.errors[k]
+        assert found.nonuniformity[k] == pytest.approx(right ** (1 / k), rel=1e-8)
+
+
+def test_moments_of_linear_regression_match_their_formula():
+    x, y = torch.randn(20, 5), torch.randn(20, 1)
+    model = nn.Linear(5, 1, bias=False)
+    hessians = 2 * x[:, :, None] * x[:, None, :]  # of (w x - y)^2
+    found = Hessian(model, nn.MSELoss(), (x, y)).moments(tol=1e-9)
+    for k in (2, 3, 4):
+        norms = (2 * x.square().sum(1)) ** (k - 1)
+        formula = (norms[:, None, None] * hessians).mean(0) - torch.linalg.matrix_power(hessians.mean(0), k)
+        assert found.powers[k] == pytest.approx(largest(formula), rel=1e-8)
+
+
+def test_moments_of_batches_are_weighted_by_their_share():
+    model, x, y = prepared("MLP")
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    hessians = dense(model, nn.CrossEntropyLoss(), x, y)
+    parts = torch.stack([hessians[:4].mean(0), hessians[4:].mean(0)])
+    share = torch.tensor([4 / 6, 2 / 6])[:, None, None]
+    second = (share * torch.linalg.matrix_power(parts, 2)).sum(0) - torch.linalg.matrix_power(hessians.mean(0), 2)
+    found = Hessian(model, nn.CrossEntropyLoss(), batches).moments(2, unit="batch", tol=1e-9)
+    assert found.powers[2] == pytest.approx(largest(second), rel=1e-8)
+
+
+def test_data_in_unequal_batches_and_chunks_give_the_same_moments():
+    model, x, y = prepared("CNN with batch norm and residuals")
+    whole = Hessian(model, nn.CrossEntropyLoss(), (x, y)).moment_operator(3)
+    batched = Hessian(model, nn.CrossEntropyLoss(), [(x[:4], y[:4]), (x[4:], y[4:])]).moment_operator(3)
+    tight = Hessian(model, nn.CrossEntropyLoss(), (x, y), memory=1).moment_operator(3)
+    v = torch.randn(whole.shape[0])
+    right = whole @ v
+    for other in (batched, tight):
+        assert (other @ v - right).norm() <= ROUNDING * right.norm()
+
+
+def test_token_losses_weigh_samples_by_their_valid_tokens():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))
+    x, y = torch.randn(4, 3, 3), torch.randint(0, 5, (4, 3))
+    y[0, 1:] = y[2, 2] = -100
+    valid = (y != -100).sum()
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch
+        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()), (targets != -100).sum()
+
+    class Share(nn.Module):
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            total = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="sum")
+            return total * len(x) / valid  # so that H is the mean of the H_i
+
+    hessians = dense(model, Share(), x, y)
+    hessian = Hessian(model, loss, [(x, y)])
+    v = torch.randn(hessian.shape[0])
+    right = (moment(hessians, 2) - torch.linalg.matrix_power(hessians.mean(0), 2)) @ v
+    assert (hessian.moment_operator(2) @ v - right).norm() <= ROUNDING * right.norm()
+
+
+def test_an_operation_without_a_rule_is_named_and_measured_exactly():
+    class Reparametrised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight.exp())
+
+    model, x, y = Reparametrised(), torch.randn(6, 4), torch.randint(0, 3, (6,))
+    hessians = dense(model, nn.CrossEntropyLoss(), x, y)
+    hessian = Hessian(model, nn.CrossEntropyLoss(), (x, y))
+    v = torch.randn(hessian.shape[0])
+    right = (moment(hessians, 2) - torch.linalg.matrix_power(hessians.mean(0), 2)) @ v
+    with pytest.warns(UserWarning, match="exp"):
+        assert (hessian.moment_operator(2) @ v - right).norm() <= ROUNDING * right.norm()
+
+
+def test_parameters_left_out_are_constants():
+    model, x, y = prepared("CNN with batch norm and residuals")
+    hessians = dense(model, nn.CrossEntropyLoss(), x, y)
+    sizes = [p.numel() for p in model.parameters()]
+    names = [name for name, _ in model.named_parameters()]
+    index = torch.cat(
+        [torch.arange(sum(sizes[:i]), sum(sizes[: i + 1])) for i, n in enumerate(names) if n.startswith("second")]
+    )
+    part = hessians[:, index][:, :, index]
+    hessian = Hessian(model, nn.CrossEntropyLoss(), (x, y), params="second*")
+    v = torch.randn(hessian.shape[0])
+    right = (moment(part, 2) - torch.linalg.matrix_power(part.mean(0), 2)) @ v
+    assert (hessian.moment_operator(2) @ v - right).norm() <= ROUNDING * right.norm()
+
+
+def test_batch_norm_with_batch_statistics_is_refused():
+    model, x, y = prepared("CNN with batch norm and residuals")
+    hessian = Hessian(model, nn.CrossEntropyLoss(), (x, y), mode="train")
+    with pytest.raises(ValueError, match="got batch norm with the statistics of the batch"):
+        hessian.moments()
+
+
+def test_samples_that_depend_on_each_other_are_not_taken_apart():
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.b(h - h.mean(0))
+
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    with pytest.warns(UserWarning, match="samples are not apart"):
+        Hessian(Mixing(), nn.CrossEntropyLoss(), (x, y)).moments(2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda h: h.moments(1), "order must be between 2 and 8, got 1"),
+        (lambda h: h.moments(unit="epoch"), "unit must be 'sample' or 'batch', got 'epoch'"),
+        (lambda h: h.moments(unit="batch"), "unit='batch' needs data in batches"),
+        (lambda h: h.moment_operator(0), "order must be >= 1, got 0"),
+    ],
+)
+def test_bad_arguments_get_one_clear_line(call, message):
+    model, x, y = prepared("MLP")
+    with pytest.raises(ValueError, match=message):
+        call(Hessian(model, nn.CrossEntropyLoss(), (x, y)))
+
+
+def test_the_model_is_left_as_it_was():
+    model, x, y = prepared("transformer")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Hessian(model, nn.CrossEntropyLoss(), (x, y)).moments(2)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
