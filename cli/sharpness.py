@@ -23,6 +23,7 @@ from samlite.cli.options import existing, json_option
 @click.option("--method", type=click.Choice(["lanczos", "power"]), default="lanczos", show_default=True)
 @click.option("--tol", type=float, default=1e-3, show_default=True, help="Relative error asked for.")
 @click.option("--verify/--no-verify", default=True, help="Search for eigenvalues that were missed.")
+@click.option("--moments", is_flag=True, help="Also the non-uniformity s_2, s_3, s_4 of the samples' Hessians.")
 @click.option("--params", metavar="GLOB", help="Only parameters of this name, such as 'layer3.*'.")
 @click.option(
     "--mode",
@@ -51,6 +52,7 @@ def sharpness(
     method: Any,
     tol: float,
     verify: bool,
+    moments: bool,
     params: str | None,
     mode: Any,
     dtype: str,
@@ -70,13 +72,15 @@ def sharpness(
     Examples:
       samlite sharpness runs/digits-sgd-w64-s0
       samlite sharpness runs/digits-sgd-w64-s0 --top 1 --which SA --dtype float64
+      samlite sharpness runs/digits-sgd-w64-s0 --moments
       samlite sharpness resnet.pt --model nets:resnet20 --data nets:batches --top 10
 
-    Each value comes with a bound on its error. Exit status 1 where a value is not as exact as --tol asks, or
-    where the search for missed eigenvalues did not finish. The measurement of a run is kept in its
-    sharpness.json.
+    Each value comes with a bound on its error. With --moments: how much the Hessians H_i of single samples
+    differ, as s_k = lambda_max(M_k - H^k)^(1/k) with M_k the mean of H_i^k, in the unit of an eigenvalue.
+    Exit status 1 where a value is not as exact as --tol asks, or where the search for missed eigenvalues did
+    not finish. The measurement of a run is kept in its sharpness.json.
     """
-    from samlite.measure import as_record, checkpoint_subject, run_subject
+    from samlite.measure import as_record, checkpoint_subject, moments_record, run_subject
 
     if samples is not None and samples < 1:
         raise ValueError(f"--samples must be >= 1, got {samples}")
@@ -103,7 +107,10 @@ def sharpness(
         found = hessian.eigenvalues(
             top, which, method, tol=tol, verify=verify, vectors=save_vectors is not None, progress=show
         )
+        spread = hessian.moments(tol=tol, progress=show) if moments else None
     record = as_record(subject, found, which, mode=mode, dtype=dtype, measured_parameters=hessian.shape[0])
+    if spread is not None:
+        record["moments"] = moments_record(spread)
     if source.is_dir() and which == "LA" and params is None and mode == "eval" and samples is None:
         from samlite.checkpoints import write_json
 
@@ -114,6 +121,10 @@ def sharpness(
         print_json({**record, "gradient_evaluations": found.gradient_evaluations})
     else:
         _show(source, record, found)
+        if spread is not None:
+            _show_moments(spread)
+    if spread is not None and not spread.converged:
+        raise RuntimeError(f"not all moments are as exact as --tol {tol:g} asks; {_advice(dtype)}")
     if not found.converged:
         raise RuntimeError(f"not all of the {top} values are as exact as --tol {tol:g} asks; {_advice(dtype)}")
     if found.complete is False:
@@ -132,6 +143,18 @@ def _save(path: Path, found: Any) -> None:
     tensors = {"values": found.values, "vectors": found.vectors.contiguous().cpu()}
     with replacing(path) as beside:
         beside.write_bytes(save(tensors))
+
+
+def _show_moments(found: Any) -> None:
+    view = table("how much the Hessians of single samples differ", "", ">value", "meaning")
+    view.add_row("a", f"{found.sharpness:.6g}", "sharpness: the largest eigenvalue of their mean")
+    for k, value in found.nonuniformity.items():
+        meaning = f"spread of their {k}{'nd' if k == 2 else 'rd' if k == 3 else 'th'} powers about that of the mean"
+        view.add_row(f"s_{k}", f"{value:.6g}", meaning)
+    stdout.print(view)
+    note = f"; one sample at a time, as there is no rule for {found.fallback}" if found.fallback else ""
+    work = f"{found.matvecs} products, the work of {found.gradient_evaluations:.0f} gradients"
+    stdout.print(Text(f"{work}, {found.seconds:.2f} s{note}"))
 
 
 def _show(source: Path, record: dict[str, Any], found: Any) -> None:

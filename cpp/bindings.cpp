@@ -111,7 +111,7 @@ void bind_graphs(py::class_<Class, std::shared_ptr<Class>>& bound) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Eigen-solvers and Hessian-vector products on libtorch.";
+  m.doc() = "Eigen-solvers, Hessian-vector products and per-sample chains on libtorch.";
 
   py::class_<Options>(m, "Options")
       .def(py::init([](int64_t k, double tol, bool verify, bool separated, int64_t basis, int64_t max_matvecs,

@@ -1,6 +1,7 @@
-"""The compiled module: eigen-solvers and Hessian-vector products on libtorch."""
+"""The compiled module: eigen-solvers, Hessian-vector products and per-sample chains on libtorch."""
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import overload
 
 from torch import Tensor
@@ -36,15 +37,7 @@ class Eigenpairs:
     @property
     def matvecs(self) -> int: ...
 
-class Hessian:
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        rewind: Callable[[int], None],
-        next: Callable[[], tuple[Tensor, float] | None],
-        memory: int,
-    ) -> None: ...
-    def apply(self, v: Tensor) -> Tensor: ...
+class _Graphs:
     def measure(self) -> int: ...
     def drift(self) -> float: ...
     @property
@@ -56,8 +49,62 @@ class Hessian:
     @property
     def kept_bytes(self) -> int: ...
 
+class Hessian(_Graphs):
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        rewind: Callable[[int], None],
+        next: Callable[[], tuple[Tensor, float] | None],
+        memory: int,
+    ) -> None: ...
+    def apply(self, v: Tensor) -> Tensor: ...
+
+class Kind(Enum):
+    linear = ...
+    conv = ...
+    scale = ...
+    shift = ...
+    embedding = ...
+
+class Use:
+    def __init__(self, kind: Kind, param: int, sizes: list[int], strides: list[int], offset: int) -> None: ...
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    mean: Tensor | None
+    inverse: Tensor | None
+    padding_row: int
+
+class Site:
+    def __init__(self, a: Tensor | None, eta: Tensor | None, z: Tensor, layout: tuple[int, int, int, int]) -> None: ...
+    def add(self, use: Use) -> None: ...
+
+class Powers:
+    def __call__(self, v: Tensor, order: int) -> Tensor: ...  # (order, p): sums over samples, not yet scaled
+
+def tap(a: Tensor) -> tuple[Tensor, Tensor]: ...
+def chain(loss: Tensor, sites: Sequence[Site], samples: int, params: Sequence[Tensor]) -> Powers: ...
+def whole(loss: Tensor, weight: float, mean: bool, params: Sequence[Tensor]) -> Powers: ...
+
+class Moments(_Graphs):
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        rewind: Callable[[int], None],
+        next: Callable[[], tuple[Powers, Tensor, float] | None],
+        batches: bool,
+        memory: int,
+    ) -> None: ...
+    def apply(self, v: Tensor, order: int) -> Tensor: ...  # (order, p)
+    def centred(self, v: Tensor, order: int) -> Tensor: ...
+
 @overload
 def eigenpairs(hessian: Hessian, options: Options, which: str = "LA", method: str = "lanczos") -> Eigenpairs: ...
+@overload
+def eigenpairs(
+    moments: Moments, order: int, options: Options, which: str = "LA", method: str = "lanczos"
+) -> Eigenpairs: ...
 @overload
 def eigenpairs(
     matvec: Callable[[Tensor], Tensor],

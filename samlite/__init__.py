@@ -1,4 +1,4 @@
-"""Sharpness-aware minimization, and certified Hessian eigenvalues of the minima it finds.
+"""Sharpness-aware minimization, and certified Hessian eigenvalues and moments of the minima it finds.
 
 `samlite.SAM` is plain Python; `samlite.Hessian` loads the compiled module `samlite._C` on first use.
 """
@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from samlite.hessian import Eigenvalues, Hessian
+    from samlite.moments import Moments
     from samlite.sam import SAM
 
 __version__ = "0.1.0"
-__all__ = ["SAM", "Eigenvalues", "Hessian", "__version__"]
+__all__ = ["SAM", "Eigenvalues", "Hessian", "Moments", "__version__"]
 
-_HOME = {"SAM": "samlite.sam", "Hessian": "samlite.hessian", "Eigenvalues": "samlite.hessian"}
+_HOME = {
+    "SAM": "samlite.sam",
+    "Hessian": "samlite.hessian",
+    "Eigenvalues": "samlite.hessian",
+    "Moments": "samlite.moments",
+}
 
 
 def __getattr__(name: str) -> Any:

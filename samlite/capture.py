@@ -3,7 +3,7 @@
 A torch-function mode catches each layer at the function, so functional code and tied weights are seen like modules.
 The weights are constants of the pass; every layer's input gets a tap, and its output's gradient edge is taken at once.
 Fused recurrent and attention functions are taken apart, so that their layers are seen. Anything else that touches a
-measured parameter raises `Uncovered` with its name: never a silently wrong number.
+measured parameter raises `UncoveredError` with its name: never a silently wrong number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 Layout = tuple[int, int, int, int]  # dimension of the samples, and its size as outer * samples * inner
 
 
-class Uncovered(Exception):
+class UncoveredError(Exception):
     """A parameter is used in a way that has no per-sample rule here."""
 
 
@@ -68,9 +68,9 @@ class Capture(TorchFunctionMode):
             self._follow(func, pending, result)
         for tensor in _tensors(result):
             if touched and tensor.untyped_storage().data_ptr() not in self._where:
-                raise Uncovered(_name(func))
+                raise UncoveredError(_name(func))
         if touched and getattr(func, "__name__", "").endswith("_") and not func.__name__.startswith("__"):
-            raise Uncovered(_name(func))
+            raise UncoveredError(_name(func))
         return result
 
     # --- Parameters
@@ -93,12 +93,12 @@ class Capture(TorchFunctionMode):
         offset = view.storage_offset() - param.storage_offset()
         if not param.is_contiguous():
             if (view.shape, view.stride(), offset) != (param.shape, param.stride(), 0):
-                raise Uncovered(f"{kind} with a view of a parameter that is not contiguous")
+                raise UncoveredError(f"{kind} with a view of a parameter that is not contiguous")
             strides = list(torch.empty(param.shape, device="meta").stride())
         for i, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
             if size > 1 and stride == 0:  # expanded
                 if kind not in ("scale", "shift"):
-                    raise Uncovered(f"{kind} with an expanded parameter")
+                    raise UncoveredError(f"{kind} with an expanded parameter")
                 sizes[i] = 1
         if kind in ("scale", "shift"):  # leading ones only broadcast
             filled = next((i for i, size in enumerate(sizes) if size > 1), len(sizes))
@@ -138,7 +138,7 @@ class Capture(TorchFunctionMode):
         _, rows, use = self._pending[id(source)]
         same_rows = result.shape[-1] == source.shape[-1] and result.numel() == source.numel()
         if not same_rows or result.untyped_storage().data_ptr() != source.untyped_storage().data_ptr():
-            raise Uncovered(f"{_name(func)} of an embedding that is the same for all samples")
+            raise UncoveredError(f"{_name(func)} of an embedding that is the same for all samples")
         self._pending[id(result)] = (result, rows.reshape(result.shape[:-1]), use)
 
 
@@ -149,7 +149,7 @@ def _linear(c: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = Non
     if c.owner(weight) is None and c.owner(bias) is None:
         return NotImplemented
     if c.owner(input) is not None:
-        raise Uncovered("linear of a parameter")
+        raise UncoveredError("linear of a parameter")
     a, eta = c.tapped(input)
     uses = [c.use("linear", weight)] if c.owner(weight) is not None else []
     uses += [c.use("shift", bias)] if bias is not None and c.owner(bias) is not None else []
@@ -187,7 +187,7 @@ def _convolution(dimensions: int, function: Callable[..., Tensor]) -> Callable[.
         if c.owner(weight) is None and c.owner(bias) is None:
             return NotImplemented
         if input.dim() != dimensions + 2:
-            raise Uncovered(f"conv{dimensions}d without a sample dimension")
+            raise UncoveredError(f"conv{dimensions}d without a sample dimension")
         stride, dilation = each(stride), each(dilation)
         if isinstance(padding, str):
             total = [(d * (k - 1) if padding == "same" else 0) for d, k in zip(dilation, weight.shape[2:], strict=True)]
@@ -222,7 +222,7 @@ def _embedding(
     if c.owner(weight) is None:
         return NotImplemented
     if max_norm is not None or scale_grad_by_freq:
-        raise Uncovered("embedding with max_norm or scale_grad_by_freq")
+        raise UncoveredError("embedding with max_norm or scale_grad_by_freq")
     z = F.embedding(input, weight)
     use = c.use("embedding", weight)
     use.padding_row = -1 if padding_idx is None else padding_idx % len(weight)
@@ -336,7 +336,7 @@ def _add(c: Capture, input: Any, other: Any, *, alpha: Any = 1) -> Any:
         return NotImplemented
     param, x = (input, other) if owners[0] is not None else (other, input)
     if None not in owners or not isinstance(x, Tensor):
-        raise Uncovered("add of parameters")
+        raise UncoveredError("add of parameters")
     return c.site(x + param, [c.use("shift", param)], features=_features(param))
 
 
@@ -352,11 +352,11 @@ def _multiply(c: Capture, input: Any, other: Any) -> Any:
         return NotImplemented
     param, x = (input, other) if owners[0] is not None else (other, input)
     if None not in owners or not isinstance(x, Tensor):
-        raise Uncovered("mul of parameters")
+        raise UncoveredError("mul of parameters")
     a, eta = c.tapped(x)
     z = a * param
     if z.shape != a.shape:
-        raise Uncovered("mul that broadcasts its samples")
+        raise UncoveredError("mul that broadcasts its samples")
     return c.site(z, [c.use("scale", param)], a, eta, features=_features(param))
 
 
@@ -385,12 +385,12 @@ def _expand(c: Capture, input: Tensor, *sizes: Any) -> Any:
 def _lstm(c: Capture, input: Tensor, *rest: Any) -> Any:
     """Taken apart into its linear layers; padded input only."""
     if len(rest) != 8 or not isinstance(rest[1], list | tuple):
-        raise Uncovered("lstm of a packed sequence")
+        raise UncoveredError("lstm of a packed sequence")
     (h0, c0), weights, biased, layers, _, _, bidirectional, batch_first = rest
     x = input.transpose(0, 1) if batch_first else input  # (time, samples, features)
     step = 4 if biased else 2
     if len(weights) != layers * (2 if bidirectional else 1) * step:
-        raise Uncovered("lstm with projections")
+        raise UncoveredError("lstm with projections")
     hidden, cells = [], []
     with c:
         for layer in range(layers):
@@ -456,7 +456,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 
 
 def _name(func: Any) -> str:
-    return resolve_name(func) or getattr(func, "__name__", str(func))
+    return str(resolve_name(func) or getattr(func, "__name__", func))
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -483,7 +483,9 @@ class Plan:
         dim, kind = self.places[site]
         others, rest = divmod(value.shape[dim], samples)
         if rest or (kind == "alone" and others != 1):
-            raise Uncovered(f"a layer whose input of shape {tuple(value.shape)} does not show its {samples} samples")
+            raise UncoveredError(
+                f"a layer whose input of shape {tuple(value.shape)} does not show its {samples} samples"
+            )
         return (dim, 1, samples, others) if kind == "inner" else (dim, others, samples, 1)
 
 
@@ -495,7 +497,7 @@ def find_plan(base: Capture, changed: list[Capture]) -> Plan:
         changed: passes after a change of sample j alone, for each j.
 
     Raises:
-        Uncovered: they are nowhere, such as behind an operation that mixes samples.
+        UncoveredError: they are nowhere, such as behind an operation that mixes samples.
     """
     places = []
     for i, probe in enumerate(base.probes):
@@ -503,7 +505,7 @@ def find_plan(base: Capture, changed: list[Capture]) -> Plan:
         options = _candidates(probe, len(changed))
         fitting = [option for option in options if _fits(option, touched)]
         if not fitting:
-            raise Uncovered(f"a layer on shape {tuple(probe.value.shape)} whose samples are not apart")
+            raise UncoveredError(f"a layer on shape {tuple(probe.value.shape)} whose samples are not apart")
         places.append(fitting[0])
     return Plan(places, base.lookups)
 

@@ -113,7 +113,7 @@ class Losses:
             )
 
     def _batches(self) -> Iterator[Any]:
-        batches = iter(self.data)
+        batches: Iterator[Any] = iter(self.data)
         if is_pair(self.data):
             inputs, targets = self.data
             batches = zip(inputs.split(self.chunk), targets.split(self.chunk), strict=True)

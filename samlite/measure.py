@@ -21,6 +21,7 @@ from samlite.checkpoints import load_weights, write_json
 from samlite.config import usable_device
 from samlite.hessian import Eigenvalues, Hessian, Progress
 from samlite.losses import is_pair
+from samlite.moments import Moments
 
 SAMPLES = 8192  # measured by default, as sharpness changes little beyond them
 
@@ -120,6 +121,20 @@ def as_record(subject: Subject, found: Eigenvalues, which: str = "LA", **setting
             "matvecs": found.matvecs,
         },
         "seconds": found.seconds,
+    }
+
+
+def moments_record(found: Moments) -> dict[str, Any]:
+    """Moments as JSON; keys are orders."""
+    return {
+        "unit": found.unit,
+        "sharpness": found.sharpness,
+        "nonuniformity": {str(k): s for k, s in found.nonuniformity.items()},
+        "powers": {str(k): power for k, power in found.powers.items()},
+        "errors": {str(k): error for k, error in found.errors.items()},
+        "converged": found.converged,
+        "fallback": found.fallback,
+        "matvecs": found.matvecs,
     }
 
 

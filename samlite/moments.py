@@ -9,17 +9,15 @@ Definitions: s_k = lambda_max(M_k - H^k)^(1/k), after Wu, Ma and E, "How SGD sel
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from samlite.capture import Capture, Plan, Uncovered, find_plan
+from samlite.capture import Capture, Plan, UncoveredError, find_plan
 from samlite.losses import Losses, is_pair, rows, samples
 
 if TYPE_CHECKING:
@@ -63,7 +61,7 @@ class Samples:
         if unit == "sample":
             try:
                 self._plan = self._checked_plan()
-            except Uncovered as reason:
+            except UncoveredError as reason:
                 self.fallback = str(reason)
                 warnings.warn(
                     f"no per-sample rule for {reason}: every sample is measured by itself, exactly but slowly",
@@ -138,7 +136,7 @@ class Samples:
             plain += self._c.whole(total, weight, False, params)(v, 2)
         for mine, right in zip(chain, plain, strict=True):
             if float((mine - right).norm()) > _AGREEMENT[like.dtype] * float(right.norm()) + 1e-30:
-                raise Uncovered("this model: its chains disagree with plain autograd")
+                raise UncoveredError("this model: its chains disagree with plain autograd")
 
 
 def _parts(batch: Any) -> Iterator[Tensor]:
