@@ -65,9 +65,9 @@ std::shared_ptr<Hessian> make_hessian(std::vector<Tensor> params, std::function<
                                    check_signals);
 }
 
-std::shared_ptr<Moments> make_moments(
-    std::vector<Tensor> params, std::function<void(int64_t)> rewind,
-    std::function<std::optional<std::tuple<Moments::Graph, Tensor, double>>()> next, bool batches, int64_t memory) {
+std::shared_ptr<Moments> make_moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind,
+                                      std::function<std::optional<std::tuple<Moments::Graph, Tensor, double>>()> next,
+                                      bool batches, int64_t memory) {
   return std::make_shared<Moments>(std::move(params), std::move(rewind), std::move(next), batches, memory,
                                    check_signals);
 }
@@ -132,8 +132,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("matvecs", &Eigenpairs::matvecs);
 
   py::class_<Hessian, std::shared_ptr<Hessian>> hessian(m, "Hessian");
-  hessian
-      .def(py::init(&make_hessian), py::arg("params"), py::arg("rewind"), py::arg("next"), py::arg("memory"))
+  hessian.def(py::init(&make_hessian), py::arg("params"), py::arg("rewind"), py::arg("next"), py::arg("memory"))
       .def("apply", torch::wrap_pybind_function_no_gil(&Hessian::apply), py::arg("v"));
   bind_graphs(hessian);
 

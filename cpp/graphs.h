@@ -59,10 +59,7 @@ class Graphs {
   // `rewind(i)` goes to batch i, `next()` builds it, or gives nothing behind the last.
   Graphs(std::function<void(int64_t)> rewind, std::function<std::optional<Batch>()> next, int64_t memory,
          std::function<void()> check_signals)
-      : rewind_(std::move(rewind)),
-        next_(std::move(next)),
-        memory_(memory),
-        check_signals_(std::move(check_signals)) {}
+      : rewind_(std::move(rewind)), next_(std::move(next)), memory_(memory), check_signals_(std::move(check_signals)) {}
 
   int64_t batches() const { return static_cast<int64_t>(losses_.size()); }
   int64_t kept() const { return static_cast<int64_t>(graphs_.size()); }

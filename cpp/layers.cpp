@@ -34,9 +34,7 @@ int64_t product(at::IntArrayRef sizes) {
 
 }  // namespace
 
-Tensor Use::view(const Tensor& flat) const {
-  return flat.as_strided(sizes, strides, flat.storage_offset() + offset);
-}
+Tensor Use::view(const Tensor& flat) const { return flat.as_strided(sizes, strides, flat.storage_offset() + offset); }
 
 Tensor Use::view_per_sample(const Tensor& flat) const {
   return flat.as_strided(prepended(flat.size(0), sizes), prepended(flat.stride(0), strides),
@@ -69,8 +67,8 @@ Tensor Use::apply(const Tensor& theta, const Tensor& a, const Tensor& like, bool
       const Tensor valid = (a != padding_row).unsqueeze(-1);
       const Tensor rows = a.clamp_min(0);
       if (!per_sample) return at::embedding(theta, rows).mul_(valid);
-      const Tensor first = at::arange(a.size(0), a.options()).mul_(sizes[0]).view(
-          prepended(-1, std::vector<int64_t>(a.dim() - 1, 1)));
+      const Tensor first =
+          at::arange(a.size(0), a.options()).mul_(sizes[0]).view(prepended(-1, std::vector<int64_t>(a.dim() - 1, 1)));
       return at::embedding(theta.reshape({-1, sizes[1]}), rows + first).mul_(valid);
     }
   }
@@ -132,8 +130,8 @@ Tensor Use::gradient(const Tensor& a, const Tensor& delta, bool per_sample) cons
       const Tensor d = delta * (a != padding_row).unsqueeze(-1);
       Tensor rows = a.clamp_min(0);
       if (per_sample)
-        rows = rows + at::arange(n, a.options()).mul_(sizes[0]).view(
-                          prepended(-1, std::vector<int64_t>(a.dim() - 1, 1)));
+        rows =
+            rows + at::arange(n, a.options()).mul_(sizes[0]).view(prepended(-1, std::vector<int64_t>(a.dim() - 1, 1)));
       return at::zeros({(per_sample ? n : 1) * sizes[0], sizes[1]}, delta.options())
           .index_add_(0, rows.flatten(), d.reshape({-1, sizes[1]}))
           .view(shape);
@@ -166,9 +164,7 @@ double Use::materialised_cost() const {
   return static_cast<double>(inputs(*this)) * static_cast<double>(outputs(*this));
 }
 
-int64_t Use::positions(const Tensor& delta) const {
-  return delta.numel() / delta.size(0) / outputs(*this);
-}
+int64_t Use::positions(const Tensor& delta) const { return delta.numel() / delta.size(0) / outputs(*this); }
 
 Tensor Use::input_rows(const Tensor& a) const {
   if (kind == Kind::linear) return a.reshape({a.size(0), -1, a.size(-1)});

@@ -29,7 +29,7 @@ struct Use {
   std::vector<int64_t> stride{}, padding{}, dilation{};  // of a convolution
   int64_t groups = 1;
   std::optional<Tensor> mean{}, inverse{};  // of a normalisation with fixed statistics, broadcast like theta
-  int64_t padding_row = -1;             // of an embedding: it takes no gradient
+  int64_t padding_row = -1;                 // of an embedding: it takes no gradient
 
   Tensor apply(const Tensor& theta, const Tensor& a, const Tensor& like, bool per_sample) const;
   Tensor adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta, bool per_sample) const;

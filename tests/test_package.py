@@ -90,7 +90,11 @@ def test_the_stub_names_what_the_compiled_module_has() -> None:
     for node in stub.body:
         if isinstance(node, ast.ClassDef):
             members = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+            members |= {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}  # type: ignore[union-attr]
+            members |= {item.targets[0].id for item in node.body if isinstance(item, ast.Assign)}  # type: ignore[attr-defined]
             actual = {name for name in vars(getattr(_module(), node.name)) if not name.startswith("_")}
-            assert members - {"__init__"} == actual, node.name
+            if any(ast.unparse(base) == "Enum" for base in node.bases):
+                actual -= {"name", "value"}
+            assert {name for name in members if not name.startswith("_")} == actual, node.name
         elif isinstance(node, ast.FunctionDef):
             assert callable(getattr(_module(), node.name))
