@@ -149,8 +149,8 @@ def _show_moments(found: Any) -> None:
     view = table("how much the Hessians of single samples differ", "", ">value", "meaning")
     view.add_row("a", f"{found.sharpness:.6g}", "sharpness: the largest eigenvalue of their mean")
     for k, value in found.nonuniformity.items():
-        meaning = f"spread of their {k}{'nd' if k == 2 else 'rd' if k == 3 else 'th'} powers about that of the mean"
-        view.add_row(f"s_{k}", f"{value:.6g}", meaning)
+        nth = {2: "2nd", 3: "3rd"}.get(k, f"{k}th")
+        view.add_row(f"s_{k}", f"{value:.6g}", f"spread of their {nth} powers about that of the mean")
     stdout.print(view)
     note = f"; one sample at a time, as there is no rule for {found.fallback}" if found.fallback else ""
     work = f"{found.matvecs} products, the work of {found.gradient_evaluations:.0f} gradients"

@@ -38,16 +38,12 @@ Eigenpairs eigenpairs(const MatVec& apply, const Tensor& like, int64_t p, Option
   return Lanczos(apply, like, p, options).solve();
 }
 
-Eigenpairs of_hessian(const std::shared_ptr<Hessian>& hessian, Options options, const std::string& which,
-                      const std::string& method) {
-  const auto apply = [&](const Tensor& v) { return hessian->apply(v); };
-  return eigenpairs(apply, hessian->params().at(0), hessian->numel(), options, which, method);
-}
-
-Eigenpairs of_moments(const std::shared_ptr<Moments>& moments, int64_t order, Options options, const std::string& which,
-                      const std::string& method) {
-  const auto apply = [&](const Tensor& v) { return moments->centred(v, order); };
-  return eigenpairs(apply, moments->params().at(0), moments->numel(), options, which, method);
+// Operator: Hessian or Centred.
+template <class Operator>
+Eigenpairs of_operator(const std::shared_ptr<Operator>& operation, Options options, const std::string& which,
+                       const std::string& method) {
+  const auto apply = [&](const Tensor& v) { return operation->apply(v); };
+  return eigenpairs(apply, operation->params().at(0), operation->numel(), options, which, method);
 }
 
 Eigenpairs of_callable(const MatVec& function, const Tensor& like, int64_t p, Options options, const std::string& which,
@@ -167,14 +163,16 @@ PYBIND11_MODULE(_C, m) {
   moments
       .def(py::init(&make_moments), py::arg("params"), py::arg("rewind"), py::arg("next"), py::arg("batches"),
            py::arg("memory"))
-      .def("apply", torch::wrap_pybind_function_no_gil(&Moments::apply), py::arg("v"), py::arg("order"))
-      .def("centred", torch::wrap_pybind_function_no_gil(&Moments::centred), py::arg("v"), py::arg("order"));
+      .def("apply", torch::wrap_pybind_function_no_gil(&Moments::apply), py::arg("v"), py::arg("order"));
   bind_graphs(moments);
+  py::class_<Centred, std::shared_ptr<Centred>>(m, "Centred")
+      .def(py::init<std::shared_ptr<Moments>, int64_t>(), py::arg("moments"), py::arg("order"))
+      .def("apply", torch::wrap_pybind_function_no_gil(&Centred::apply), py::arg("v"));
 
-  m.def("eigenpairs", torch::wrap_pybind_function_no_gil(of_hessian), py::arg("hessian"), py::arg("options"),
+  m.def("eigenpairs", torch::wrap_pybind_function_no_gil(of_operator<Hessian>), py::arg("hessian"), py::arg("options"),
         py::arg("which") = "LA", py::arg("method") = "lanczos");
-  m.def("eigenpairs", torch::wrap_pybind_function_no_gil(of_moments), py::arg("moments"), py::arg("order"),
-        py::arg("options"), py::arg("which") = "LA", py::arg("method") = "lanczos");
+  m.def("eigenpairs", torch::wrap_pybind_function_no_gil(of_operator<Centred>), py::arg("centred"), py::arg("options"),
+        py::arg("which") = "LA", py::arg("method") = "lanczos");
   m.def("eigenpairs", torch::wrap_pybind_function_no_gil(of_callable), py::arg("matvec"), py::arg("like"),
         py::arg("dimension"), py::arg("options"), py::arg("which") = "LA", py::arg("method") = "lanczos");
 }

@@ -56,10 +56,14 @@ class Graphs {
     Tensor loss;    // the sum over the batch's samples of their loss
     double weight;  // the number or weight of its samples
   };
-  // `rewind(i)` goes to batch i, `next()` builds it, or gives nothing behind the last.
-  Graphs(std::function<void(int64_t)> rewind, std::function<std::optional<Batch>()> next, int64_t memory,
-         std::function<void()> check_signals)
-      : rewind_(std::move(rewind)), next_(std::move(next)), memory_(memory), check_signals_(std::move(check_signals)) {}
+  // `rewind(i)` goes to batch i, `next()` builds it on the device, or gives nothing behind the last.
+  Graphs(std::function<void(int64_t)> rewind, std::function<std::optional<Batch>()> next, c10::Device device,
+         int64_t memory, std::function<void()> check_signals)
+      : rewind_(std::move(rewind)),
+        next_(std::move(next)),
+        device_(device),
+        memory_(memory),
+        check_signals_(std::move(check_signals)) {}
 
   int64_t batches() const { return static_cast<int64_t>(losses_.size()); }
   int64_t kept() const { return static_cast<int64_t>(graphs_.size()); }
@@ -71,12 +75,12 @@ class Graphs {
   // is not the same at every pass. Waits for the device.
   double drift() const { return drift_.defined() ? drift_.template item<double>() : 0; }
 
-  // Calls visit(graph, weight) for every batch.
+  // Calls visit(graph) for every batch.
   template <class Visit>
   void pass(Visit visit) {
     check_signals_();
     if (passes_ == 0) reset();  // also after a first pass that was interrupted
-    for (int64_t i = 0; i < kept(); ++i) visit(graphs_[i], weights_[i]);
+    for (const auto& graph : graphs_) visit(graph);
     if (passes_ > 0 && kept() == batches()) return;
     int64_t batch = kept();
     rewind_(batch);
@@ -85,8 +89,8 @@ class Graphs {
       const double began = passes_ == 0 ? now() : 0;
       auto item = next_();
       if (!item) break;
-      if (passes_ == 0) build_seconds_ += now(item->loss.device()) - began;
-      visit(item->graph, item->weight);
+      if (passes_ == 0) build_seconds_ += now() - began;
+      visit(item->graph);
       passes_ == 0 ? remember(*item, batch, counter) : compare(item->loss.detach(), batch);
       ++batch;
       check_signals_();
@@ -114,7 +118,6 @@ class Graphs {
   void remember(Batch& item, int64_t batch, const AllocationCounter& counter) {
     weight_ += item.weight;
     losses_.push_back(item.loss.detach());
-    weights_.push_back(item.weight);
     if (kept() == batch && counter.knows() && kept_bytes_ + counter.peak() <= memory_) {
       graphs_.push_back(std::move(item.graph));
       kept_bytes_ += counter.bytes();
@@ -131,24 +134,23 @@ class Graphs {
   void reset() {
     graphs_.clear();
     losses_.clear();
-    weights_.clear();
     weight_ = build_seconds_ = 0;
     kept_bytes_ = 0;
   }
 
   // Seconds of a clock that waits for the device.
-  static double now(c10::Device device = at::kCPU) {
-    if (!device.is_cpu()) c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(device.index());
+  double now() const {
+    if (!device_.is_cpu()) c10::impl::VirtualGuardImpl(device_.type()).synchronizeDevice(device_.index());
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
   }
 
   std::function<void(int64_t)> rewind_;
   std::function<std::optional<Batch>()> next_;
+  c10::Device device_;
   int64_t memory_;
   std::function<void()> check_signals_;
   std::vector<Graph> graphs_;  // of the first batches
   std::vector<Tensor> losses_;
-  std::vector<double> weights_;
   int64_t kept_bytes_ = 0, passes_ = 0;
   double weight_ = 0, build_seconds_ = 0;
   Tensor drift_;

@@ -49,7 +49,7 @@ Hessian::Hessian(std::vector<Tensor> params, Losses losses, int64_t memory, std:
             const auto& [loss, weight] = *item;
             return Graphs<Gradient>::Batch{Gradient(loss, params_), loss, weight};
           },
-          memory, std::move(check_signals)) {
+          params_.at(0).device(), memory, std::move(check_signals)) {
   for (const auto& p : params_) numel_ += p.numel();
 }
 
@@ -57,7 +57,7 @@ Tensor Hessian::apply(const Tensor& v) {
   Tensor out = at::zeros_like(v);
   const auto directions = views(v, params_);
   auto sums = views(out, params_);
-  graphs_.pass([&](const Gradient& graph, double) { graph.add_product(params_, directions, sums); });
+  graphs_.pass([&](const Gradient& graph) { graph.add_product(params_, directions, sums); });
   return out.div_(graphs_.weight());
 }
 

@@ -20,6 +20,21 @@ Tensor aligned(const Tensor& theta, int64_t dim) {
   return theta.reshape(shape);
 }
 
+// Summed to the sizes of theta, or of each sample's theta.
+Tensor summed(const Tensor& t, at::IntArrayRef sizes, bool per_sample) {
+  if (!per_sample) return at::sum_to(t, sizes);
+  std::vector<int64_t> shape(t.dim() - sizes.size(), 1);
+  shape[0] = t.size(0);
+  shape.insert(shape.end(), sizes.begin(), sizes.end());
+  return at::sum_to(t, shape).reshape(prepended(t.size(0), sizes));
+}
+
+// Row numbers in each sample's own table of so many rows, the tables below one another.
+Tensor in_own_table(const Tensor& rows, int64_t table) {
+  const auto shape = prepended(-1, std::vector<int64_t>(rows.dim() - 1, 1));
+  return rows + at::arange(rows.size(0), rows.options()).mul_(table).view(shape);
+}
+
 // (n, c, ...) -> (1, n c, ...): samples as groups of channels.
 Tensor as_groups(const Tensor& t) {
   auto shape = t.sizes().vec();
@@ -67,9 +82,7 @@ Tensor Use::apply(const Tensor& theta, const Tensor& a, const Tensor& like, bool
       const Tensor valid = (a != padding_row).unsqueeze(-1);
       const Tensor rows = a.clamp_min(0);
       if (!per_sample) return at::embedding(theta, rows).mul_(valid);
-      const Tensor first =
-          at::arange(a.size(0), a.options()).mul_(sizes[0]).view(prepended(-1, std::vector<int64_t>(a.dim() - 1, 1)));
-      return at::embedding(theta.reshape({-1, sizes[1]}), rows + first).mul_(valid);
+      return at::embedding(theta.reshape({-1, sizes[1]}), in_own_table(rows, sizes[0])).mul_(valid);
     }
   }
   TORCH_INTERNAL_ASSERT(false);
@@ -116,28 +129,25 @@ Tensor Use::gradient(const Tensor& a, const Tensor& delta, bool per_sample) cons
       grouped[0] *= n;
       return weight(as_groups(delta), as_groups(a), grouped, groups * n).view(shape);
     }
-    case Kind::scale: {
-      const Tensor product = mean ? (a - *mean).mul_(*inverse).mul_(delta) : a * delta;
-      if (!per_sample) return at::sum_to(product, sizes);
-      return at::sum_to(product, aligned(at::empty(shape, delta.options().device(at::kMeta)), delta.dim()).sizes())
-          .view(shape);
-    }
+    case Kind::scale:
+      return summed(mean ? (a - *mean).mul_(*inverse).mul_(delta) : a * delta, sizes, per_sample);
     case Kind::shift:
-      if (!per_sample) return at::sum_to(delta, sizes);
-      return at::sum_to(delta, aligned(at::empty(shape, delta.options().device(at::kMeta)), delta.dim()).sizes())
-          .reshape(shape);
+      return summed(delta, sizes, per_sample);
     case Kind::embedding: {
       const Tensor d = delta * (a != padding_row).unsqueeze(-1);
-      Tensor rows = a.clamp_min(0);
-      if (per_sample)
-        rows =
-            rows + at::arange(n, a.options()).mul_(sizes[0]).view(prepended(-1, std::vector<int64_t>(a.dim() - 1, 1)));
+      const Tensor rows = per_sample ? in_own_table(a.clamp_min(0), sizes[0]) : a.clamp_min(0);
       return at::zeros({(per_sample ? n : 1) * sizes[0], sizes[1]}, delta.options())
           .index_add_(0, rows.flatten(), d.reshape({-1, sizes[1]}))
           .view(shape);
     }
   }
   TORCH_INTERNAL_ASSERT(false);
+}
+
+// The gradient is linear in a but for the fixed mean, which has no part in the derivative.
+Tensor Use::gradient_along(const Tensor& a_dot, const Tensor& delta, bool per_sample) const {
+  if (!inverse) return gradient(a_dot, delta, per_sample);
+  return summed((a_dot * *inverse).mul_(delta), sizes, per_sample);
 }
 
 // --- Through rows: for few positions the Gram matrix of rows takes fewer operations than the outer products.

@@ -35,11 +35,13 @@ struct Use {
   Tensor adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta, bool per_sample) const;
   // The sum over samples: (sizes), or each sample's own: (n, sizes).
   Tensor gradient(const Tensor& a, const Tensor& delta, bool per_sample) const;
+  Tensor gradient_along(const Tensor& a_dot, const Tensor& delta, bool per_sample) const;  // its derivative along a
+  bool varies_with_a() const { return kind != Kind::shift && kind != Kind::embedding; }
 
   Tensor view(const Tensor& flat) const;             // of (numel,)
   Tensor view_per_sample(const Tensor& flat) const;  // of (n, numel), contiguous
   bool same_view(const Use& other) const;
-  int64_t positions(const Tensor& a) const;
+  int64_t positions(const Tensor& delta) const;
   // Operations of one step through U = sum of outer products of positions, and through U itself.
   double gram_cost(int64_t positions_of_param) const;
   double materialised_cost() const;

@@ -32,6 +32,13 @@ struct Tap : torch::autograd::Function<Tap> {
 
 void accumulate(Tensor& sum, const Tensor& term) { sum = sum.defined() ? sum + term : term; }
 
+// (n,) as (n, 1, ..., 1), so that it broadcasts against sample-first tensors of so many dimensions.
+Tensor per_sample(const Tensor& scale, int64_t dim) {
+  std::vector<int64_t> shape(dim, 1);
+  shape[0] = scale.size(0);
+  return scale.view(shape);
+}
+
 }  // namespace
 
 Tensor Layout::first(const Tensor& t) const {
@@ -97,7 +104,7 @@ std::vector<Chain::Dots> Chain::step(const std::vector<Direction>& direction) co
     for (const auto& use : site->uses_) {
       const auto& [shared, whole, left, right] = direction[use.param];
       const Tensor &a = site->a_first_, &delta = site->delta_first_;
-      const bool into_a = wants_a && use.kind != Kind::shift && use.kind != Kind::embedding;
+      const bool into_a = wants_a && use.varies_with_a();
       if (left.defined()) {
         const Tensor rows = use.input_rows(a);
         accumulate(at_delta, use.to_output(rows.bmm(right.mT()).bmm(left), delta));
@@ -148,11 +155,7 @@ Tensor Chain::normalise(std::vector<Dots>& dots) const {
   scale.masked_fill_(scale == 0, 1);
   for (auto& dot : dots)
     for (auto* t : {&dot.delta, &dot.a})
-      if (t->defined()) {
-        std::vector<int64_t> shape(t->dim(), 1);
-        shape[0] = n_;
-        *t = *t / scale.view(shape);
-      }
+      if (t->defined()) *t = *t / per_sample(scale, t->dim());
   return scale;
 }
 
@@ -163,7 +166,7 @@ std::vector<Chain::Direction> Chain::directions(const std::vector<Dots>& dots) c
     const auto& [delta_dot, a_dot] = dots[s];
     const Tensor &a = sites_[s]->a_first_, &delta = sites_[s]->delta_first_;
     for (const auto& use : sites_[s]->uses_) {
-      const bool through_a = a_dot.defined() && use.kind != Kind::shift && use.kind != Kind::embedding;
+      const bool through_a = a_dot.defined() && use.varies_with_a();
       if (rows_[use.param]) {
         if (delta_dot.defined()) {
           left[use.param].push_back(use.output_rows(delta_dot));
@@ -176,15 +179,12 @@ std::vector<Chain::Direction> Chain::directions(const std::vector<Dots>& dots) c
         continue;
       }
       auto& whole = result[use.param].whole;
-      const auto add = [&](const Tensor& x, const Tensor& d, bool linear_in_a) {
-        Use plain = use;
-        if (linear_in_a) plain.mean = std::nullopt;
-        Tensor g = linear_in_a && use.inverse ? plain.gradient(x * *use.inverse, d, true) : plain.gradient(x, d, true);
-        if (!whole.defined()) whole = at::zeros({n_, params_[use.param].numel()}, g.options());
-        use.view_per_sample(whole).add_(g);
+      const auto add = [&](const Tensor& gradient) {
+        if (!whole.defined()) whole = at::zeros({n_, params_[use.param].numel()}, gradient.options());
+        use.view_per_sample(whole).add_(gradient);
       };
-      if (delta_dot.defined()) add(a, delta_dot, false);
-      if (through_a) add(a_dot, delta, true);
+      if (delta_dot.defined()) add(use.gradient(a, delta_dot, true));
+      if (through_a) add(use.gradient_along(a_dot, delta, true));
     }
   }
   for (size_t p = 0; p < params_.size(); ++p) {
@@ -201,22 +201,15 @@ std::vector<Chain::Direction> Chain::directions(const std::vector<Dots>& dots) c
 // out += sum_i scale_i (delta_i' a_i^T + delta_i a_i'^T), one ordinary product of matrices a layer.
 void Chain::add_mean(const std::vector<Dots>& dots, const Tensor& scale, std::vector<Tensor>& out) const {
   const auto scaled = [&](const Tensor& t) {
-    std::vector<int64_t> shape(t.dim(), 1);
-    shape[0] = n_;
-    return scale.defined() ? t * scale.view(shape) : t;
+    return t.defined() && scale.defined() ? t * per_sample(scale, t.dim()) : t;
   };
   for (size_t s = 0; s < sites_.size(); ++s) {
-    const Tensor delta_dot = dots[s].delta.defined() ? scaled(dots[s].delta) : Tensor();
-    const Tensor a_dot = dots[s].a.defined() ? scaled(dots[s].a) : Tensor();
+    const Tensor delta_dot = scaled(dots[s].delta), a_dot = scaled(dots[s].a);
     const Tensor &a = sites_[s]->a_first_, &delta = sites_[s]->delta_first_;
     for (const auto& use : sites_[s]->uses_) {
       const Tensor target = use.view(out[use.param]);
       if (delta_dot.defined()) target.add_(use.gradient(a, delta_dot, false));
-      if (a_dot.defined() && use.kind != Kind::shift && use.kind != Kind::embedding) {
-        Use plain = use;
-        plain.mean = std::nullopt;
-        target.add_(plain.gradient(use.inverse ? a_dot * *use.inverse : a_dot, delta, false));
-      }
+      if (a_dot.defined() && use.varies_with_a()) target.add_(use.gradient_along(a_dot, delta, false));
     }
   }
 }
@@ -239,13 +232,12 @@ void Chain::add(const Tensor& v, Tensor& out) {
 
 void Whole::add(const Tensor& v, Tensor& out) {
   Tensor u = v;
-  double scale = 1;
   for (int64_t k = 0; k < out.size(0); ++k) {
     Tensor next = at::zeros_like(u);
     auto sums = views(next, params_);
     gradient_.add_product(params_, views(u, params_), sums);
     u = mean_ ? next.div_(weight_) : next;
-    out[k].add_(u, mean_ ? weight_ : scale);
+    out[k].add_(u, mean_ ? weight_ : 1);
   }
 }
 
@@ -262,7 +254,7 @@ Moments::Moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind
             auto& [graph, loss, weight] = *item;
             return Graphs<Graph>::Batch{std::move(graph), loss, weight};
           },
-          memory, std::move(check_signals)) {
+          params_.at(0).device(), memory, std::move(check_signals)) {
   for (const auto& p : params_) numel_ += p.numel();
 }
 
@@ -270,7 +262,7 @@ Moments::Moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind
 Tensor Moments::apply(const Tensor& v, int64_t order) {
   Tensor out = at::zeros({order, v.numel()}, v.options());
   int64_t samples = 0;
-  graphs_.pass([&](const Graph& graph, double) {
+  graphs_.pass([&](const Graph& graph) {
     graph->add(v, out);
     samples += graph->samples();
   });
@@ -285,11 +277,11 @@ int64_t Moments::measure() {
   return graphs_.measure([&](const Graph& graph) { graph->add(out[0].add(1), out); });
 }
 
-Tensor Moments::centred(const Tensor& v, int64_t order) {
-  const Tensor moments = apply(v, order);
+Tensor Centred::apply(const Tensor& v) const {
+  const Tensor moments = moments_->apply(v, order_);
   Tensor power = moments[0];
-  for (int64_t k = 1; k < order; ++k) power = apply(power, 1)[0];
-  return moments[order - 1] - power;
+  for (int64_t k = 1; k < order_; ++k) power = moments_->apply(power, 1)[0];
+  return moments[order_ - 1] - power;
 }
 
 }  // namespace samlite

@@ -102,9 +102,8 @@ class Moments {
   Moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind,
           std::function<std::optional<std::tuple<Graph, Tensor, double>>()> next, bool batches, int64_t memory,
           std::function<void()> check_signals);
-  Tensor apply(const Tensor& v, int64_t order);    // -> (order, p): M_1 v, ..., M_order v
-  Tensor centred(const Tensor& v, int64_t order);  // -> (p,): (M_order - H^order) v
-  int64_t measure();                               // bytes that two steps through the first batch take
+  Tensor apply(const Tensor& v, int64_t order);  // -> (order, p): M_1 v, ..., M_order v
+  int64_t measure();                             // bytes that two steps through the first batch take
   int64_t numel() const { return numel_; }
   const std::vector<Tensor>& params() const { return params_; }
   Graphs<Graph>& graphs() { return graphs_; }
@@ -112,8 +111,21 @@ class Moments {
  private:
   std::vector<Tensor> params_;
   bool batches_;
-  int64_t numel_ = 0, samples_ = 0;
+  int64_t numel_ = 0;
   Graphs<Graph> graphs_;
+};
+
+// M_order - H^order.
+class Centred {
+ public:
+  Centred(std::shared_ptr<Moments> moments, int64_t order) : moments_(std::move(moments)), order_(order) {}
+  Tensor apply(const Tensor& v) const;  // (p,) -> (p,)
+  int64_t numel() const { return moments_->numel(); }
+  const std::vector<Tensor>& params() const { return moments_->params(); }
+
+ private:
+  std::shared_ptr<Moments> moments_;
+  int64_t order_;
 };
 
 }  // namespace samlite

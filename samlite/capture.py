@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from samlite.losses import tensors
+
 Layout = tuple[int, int, int, int]  # dimension of the samples, and its size as outer * samples * inner
 
 
@@ -61,12 +63,12 @@ class Capture(TorchFunctionMode):
             result = handler(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
-        touched = self._touched((args, kwargs))
-        pending = next((t for t in _tensors((args, kwargs)) if id(t) in self._pending), None)
+        touched = self.owns(*tensors((args, kwargs)))
+        pending = next((t for t in tensors((args, kwargs)) if id(t) in self._pending), None)
         result = func(*args, **kwargs)
         if pending is not None:
             self._follow(func, pending, result)
-        for tensor in _tensors(result):
+        for tensor in tensors(result):
             if touched and tensor.untyped_storage().data_ptr() not in self._where:
                 raise UncoveredError(_name(func))
         if touched and getattr(func, "__name__", "").endswith("_") and not func.__name__.startswith("__"):
@@ -81,8 +83,13 @@ class Capture(TorchFunctionMode):
             return None
         return self._where.get(tensor.untyped_storage().data_ptr())
 
-    def _touched(self, values: Any) -> bool:
-        return any(self.owner(tensor) is not None for tensor in _tensors(values))
+    def owns(self, *values: Any) -> bool:
+        """Whether one of them is a measured parameter, or a view of one."""
+        return any(self.owner(value) is not None for value in values)
+
+    def uses(self, kind: str, view: Tensor | None) -> list[Any]:
+        """The use of a parameter, where it is one."""
+        return [self.use(kind, view)] if view is not None and self.owns(view) else []
 
     def use(self, kind: str, view: Tensor) -> Any:
         """The use of a parameter through a view of it."""
@@ -145,19 +152,23 @@ class Capture(TorchFunctionMode):
 # --- Layers: each handler computes the layer with its weights as constants and records it.
 
 
+def _channels(p: Any, like: Tensor) -> Any:
+    """One number a channel, as it broadcasts against tensors (n, channels, ...); None stays None."""
+    return None if p is None else p.view(-1, *[1] * (like.dim() - 2))
+
+
 def _linear(c: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if c.owner(weight) is None and c.owner(bias) is None:
+    if not c.owns(weight, bias):
         return NotImplemented
-    if c.owner(input) is not None:
+    if c.owns(input):
         raise UncoveredError("linear of a parameter")
     a, eta = c.tapped(input)
-    uses = [c.use("linear", weight)] if c.owner(weight) is not None else []
-    uses += [c.use("shift", bias)] if bias is not None and c.owner(bias) is not None else []
-    return c.site(F.linear(a, weight, bias), uses, a if uses and c.owner(weight) is not None else None, eta)
+    uses = c.uses("linear", weight) + c.uses("shift", bias)
+    return c.site(F.linear(a, weight, bias), uses, a if c.owns(weight) else None, eta)
 
 
 def _matmul(c: Capture, input: Tensor, other: Tensor) -> Any:
-    if c.owner(other) is None or other.dim() != 2 or input.dim() < 2:
+    if not c.owns(other) or other.dim() != 2 or input.dim() < 2:
         return NotImplemented
     return _linear(c, input, other.t())
 
@@ -184,7 +195,7 @@ def _convolution(dimensions: int, function: Callable[..., Tensor]) -> Callable[.
         dilation: Any = 1,
         groups: int = 1,
     ) -> Any:
-        if c.owner(weight) is None and c.owner(bias) is None:
+        if not c.owns(weight, bias):
             return NotImplemented
         if input.dim() != dimensions + 2:
             raise UncoveredError(f"conv{dimensions}d without a sample dimension")
@@ -197,14 +208,11 @@ def _convolution(dimensions: int, function: Callable[..., Tensor]) -> Callable[.
         padding = each(padding)
         a, eta = c.tapped(input)
         z = function(a, weight, bias, stride, padding, dilation, groups)
-        uses = []
-        if c.owner(weight) is not None:
-            use = c.use("conv", weight)
+        uses = c.uses("conv", weight)
+        for use in uses:
             use.stride, use.padding, use.dilation, use.groups = stride, padding, dilation, groups
-            uses.append(use)
-        if bias is not None and c.owner(bias) is not None:
-            uses.append(c.use("shift", bias.view(-1, *[1] * dimensions)))
-        return c.site(z, uses, a if c.owner(weight) is not None else None, eta, features=dimensions + 1)
+        uses += c.uses("shift", _channels(bias, input))
+        return c.site(z, uses, a if c.owns(weight) else None, eta, features=dimensions + 1)
 
     return convolution
 
@@ -219,7 +227,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if c.owner(weight) is None:
+    if not c.owns(weight):
         return NotImplemented
     if max_norm is not None or scale_grad_by_freq:
         raise UncoveredError("embedding with max_norm or scale_grad_by_freq")
@@ -241,18 +249,14 @@ def _normalisation(
 ) -> Tensor:
     """z = weight * normal + bias."""
 
-    def placed(p: Tensor) -> Tensor:
-        return p.view(-1, *[1] * (normal.dim() - 2)) if channels_first else p
-
     features = normal.dim() - 1 if channels_first else (weight if weight is not None else bias).dim()  # type: ignore[union-attr]
-    a, eta = c.tapped(normal) if weight is not None else (normal, None)
-    scaled = weight is not None and c.owner(weight) is not None
-    uses = [c.use("scale", placed(weight))] if scaled and weight is not None else []
-    z = a if weight is None else a * placed(weight)
-    if bias is not None:
-        z = z + placed(bias)
-        uses += [c.use("shift", placed(bias))] if c.owner(bias) is not None else []
-    return c.site(z, uses, a if scaled else None, eta if scaled else None, features=features)
+    if channels_first:
+        weight, bias = _channels(weight, normal), _channels(bias, normal)
+    scaled = c.owns(weight)
+    a, eta = c.tapped(normal) if scaled else (normal, None)
+    z = a if weight is None else a * weight
+    z = z if bias is None else z + bias
+    return c.site(z, c.uses("scale", weight) + c.uses("shift", bias), a if scaled else None, eta, features=features)
 
 
 def _batch_norm(
@@ -272,25 +276,20 @@ def _batch_norm(
             "use mode='eval', or unit='batch'"
         )
 
-    def placed(p: Tensor) -> Tensor:
-        return p.view(-1, *[1] * (input.dim() - 2))
-
-    inverse = (running_var + eps).rsqrt()
-    factor = inverse if weight is None else inverse * weight.detach()
-    offset = -running_mean * factor if bias is None else bias.detach() - running_mean * factor
-    owned = [p for p in (weight, bias) if p is not None and c.owner(p) is not None]
-    if not owned:
-        return torch.addcmul(placed(offset), input, placed(factor))
+    mean, variance = _channels(running_mean, input), _channels(running_var, input)
+    weight, bias = _channels(weight, input), _channels(bias, input)
+    inverse = (variance + eps).rsqrt()
+    factor = inverse if weight is None else inverse * weight
+    offset = -mean * factor if bias is None else bias - mean * factor
+    if not c.owns(weight, bias):
+        return torch.addcmul(offset, input, factor)
     a, eta = c.tapped(input)
-    uses = []
-    if weight is not None and c.owner(weight) is not None:
-        use = c.use("scale", placed(weight))
-        use.mean, use.inverse = placed(running_mean), placed(inverse)
-        uses.append(use)
-    if bias is not None and c.owner(bias) is not None:
-        uses.append(c.use("shift", placed(bias)))
+    uses = c.uses("scale", weight)
+    for use in uses:
+        use.mean, use.inverse = mean, inverse
+    uses += c.uses("shift", bias)
     # one operation in the graph
-    return c.site(torch.addcmul(placed(offset), a, placed(factor)), uses, a, eta, features=input.dim() - 1)
+    return c.site(torch.addcmul(offset, a, factor), uses, a, eta, features=input.dim() - 1)
 
 
 def _layer_norm(
@@ -301,7 +300,7 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    if c.owner(weight) is None and c.owner(bias) is None:
+    if not c.owns(weight, bias):
         return NotImplemented
     return _normalisation(c, F.layer_norm(input, normalized_shape, None, None, eps), weight, bias, False)
 
@@ -309,7 +308,7 @@ def _layer_norm(
 def _rms_norm(
     c: Capture, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Any:
-    if c.owner(weight) is None:
+    if not c.owns(weight):
         return NotImplemented
     return _normalisation(c, F.rms_norm(input, normalized_shape, None, eps), weight, None, False)
 
@@ -322,7 +321,7 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    if c.owner(weight) is None and c.owner(bias) is None:
+    if not c.owns(weight, bias):
         return NotImplemented
     return _normalisation(c, F.group_norm(input, num_groups, None, None, eps), weight, bias, True)
 
@@ -331,12 +330,9 @@ def _add(c: Capture, input: Any, other: Any, *, alpha: Any = 1) -> Any:
     for z, x in ((input, other), (other, input)):
         if id(z) in c._pending and isinstance(x, Tensor):
             return _add_lookup(c, x, z)
-    owners = c.owner(input), c.owner(other)
-    if owners == (None, None) or alpha != 1:
+    if not c.owns(input, other) or alpha != 1:
         return NotImplemented
-    param, x = (input, other) if owners[0] is not None else (other, input)
-    if None not in owners or not isinstance(x, Tensor):
-        raise UncoveredError("add of parameters")
+    param, x = _told_apart(c, input, other, "add")
     return c.site(x + param, [c.use("shift", param)], features=_features(param))
 
 
@@ -347,17 +343,22 @@ def _add_lookup(c: Capture, x: Tensor, z: Tensor) -> Tensor:
 
 
 def _multiply(c: Capture, input: Any, other: Any) -> Any:
-    owners = c.owner(input), c.owner(other)
-    if owners == (None, None):
+    if not c.owns(input, other):
         return NotImplemented
-    param, x = (input, other) if owners[0] is not None else (other, input)
-    if None not in owners or not isinstance(x, Tensor):
-        raise UncoveredError("mul of parameters")
+    param, x = _told_apart(c, input, other, "mul")
     a, eta = c.tapped(x)
     z = a * param
     if z.shape != a.shape:
         raise UncoveredError("mul that broadcasts its samples")
     return c.site(z, [c.use("scale", param)], a, eta, features=_features(param))
+
+
+def _told_apart(c: Capture, input: Any, other: Any, name: str) -> tuple[Tensor, Tensor]:
+    """(The parameter, the other operand)."""
+    param, x = (input, other) if c.owns(input) else (other, input)
+    if c.owns(x) or not isinstance(x, Tensor):
+        raise UncoveredError(f"{name} of parameters")
+    return param, x
 
 
 def _features(param: Tensor) -> int:
@@ -366,17 +367,16 @@ def _features(param: Tensor) -> int:
 
 
 def _prelu(c: Capture, input: Tensor, weight: Tensor) -> Any:
-    if c.owner(weight) is None:
+    if not c.owns(weight):
         return NotImplemented
-    view = weight if weight.numel() == 1 else weight.view(-1, *[1] * (input.dim() - 2))
     with c:
-        return input.clamp_min(0) + input.clamp_max(0) * view
+        return input.clamp_min(0) + input.clamp_max(0) * (weight if weight.numel() == 1 else _channels(weight, input))
 
 
 def _expand(c: Capture, input: Tensor, *sizes: Any) -> Any:
     """A parameter repeated for every sample, such as a class token, becomes a tensor of its own."""
     sizes = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
-    if c.owner(input) is None or not sizes or sizes[0] != c.samples or (input.dim() == len(sizes) and len(input) != 1):
+    if not c.owns(input) or not sizes or sizes[0] != c.samples or (input.dim() == len(sizes) and len(input) != 1):
         return NotImplemented
     z = input.expand(*sizes).clone()
     return c.site(z, [c.use("shift", input)], features=len(sizes) - 1)
@@ -457,16 +457,6 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 
 def _name(func: Any) -> str:
     return str(resolve_name(func) or getattr(func, "__name__", func))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []
 
 
 # --- Where the samples are

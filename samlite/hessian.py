@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from samlite.losses import Data, Loss, Losses, full_precision, is_pair
+from samlite.losses import PROBE, Data, Loss, Losses, full_precision, is_pair
 from samlite.moments import Moments, Samples, Unit
 
 if TYPE_CHECKING:
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 Progress = Callable[[int, float], None]
-
-_CHUNK = 1024  # rows of a pair of tensors that are differentiated together, where their graph fits
-_GRAPH = 2**28  # bytes of the graph of such a chunk: what is freed of a larger one goes back to the system each time
-_PROBE = 64  # rows that are evaluated to check the function and to size its graph
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class Operator:
         like = self.params[0]
         v = v.detach().to(like.device, like.dtype)
         with self._products() as operator:
-            columns = [self._apply(operator, column.contiguous()) for column in v.reshape(len(v), -1).T]
+            columns = [operator.apply(column.contiguous()) for column in v.reshape(len(v), -1).T]
         return columns[0] if v.dim() == 1 else torch.stack(columns, dim=1)
 
     def to_scipy(self) -> LinearOperator:
@@ -137,7 +133,7 @@ class Operator:
         )
         began = time.perf_counter()
         with self._products() as operator:
-            found = self._eigenpairs(operator, options, which, method)
+            found = _module().eigenpairs(operator, options, which, method)
         seconds = time.perf_counter() - began
         return Eigenvalues(
             values=torch.tensor(found.values, dtype=torch.float64),
@@ -162,20 +158,12 @@ class Operator:
         _require(bool(rows.isfinite().all()), "start must be finite, got nan or inf in it")
         return rows
 
-    # What a kind of operator provides: a context in which its compiled half can be used, and that half's calls.
-
-    @contextmanager
-    def _products(self) -> Iterator[Any]:
-        raise NotImplementedError
-        yield
-
-    def _apply(self, operator: Any, v: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _eigenpairs(self, operator: Any, options: Any, which: str, method: str) -> Any:
+    def _products(self) -> AbstractContextManager[Any]:
+        """The compiled operator, for use within."""
         raise NotImplementedError
 
     def _gradient_seconds(self) -> float:
+        """The unit of work."""
         raise NotImplementedError
 
 
@@ -218,7 +206,7 @@ class Hessian(Operator):
         self.memory = _free_memory(self.params[0].device) // 2 if memory is None else _bytes(memory)
         self._loss_fn, self._data = loss_fn, data
         self._losses = Losses(model, loss_fn, data, self.params, mode)
-        self._losses.probe(_PROBE)
+        self._losses.probe(PROBE)
         self._operator: Any = None
         self._state: list[tuple[Any, ...]] = []
         self._moments: dict[str, tuple[list[tuple[Any, ...]], Samples]] = {}
@@ -283,15 +271,9 @@ class Hessian(Operator):
             self._moments.pop(unit, None)
             losses = Losses(self._losses.model, self._loss_fn, self._data, self.params, self.mode)
             with full_precision():
-                samples = Samples(_module(), losses, self.memory, unit, _CHUNK, _GRAPH)
+                samples = Samples(_module(), losses, self.memory, unit)
             self._moments[unit] = state, samples
         return samples
-
-    def _apply(self, operator: Any, v: Tensor) -> Tensor:
-        return operator.apply(v)  # type: ignore[no-any-return]
-
-    def _eigenpairs(self, operator: Any, options: Any, which: str, method: str) -> Any:
-        return _module().eigenpairs(operator, options, which, method)
 
     def _gradient_seconds(self) -> float:
         return float(self._operator.build_seconds) if self._operator is not None else 0.0
@@ -305,15 +287,7 @@ class Hessian(Operator):
                 yield operator
         except RuntimeError as error:
             raise self._explained(error) from error
-        self._steady(operator)
-
-    def _steady(self, operator: Any) -> None:
-        drift = operator.drift()
-        _require(
-            drift < 1e-4,
-            "data and loss_fn must give the same batches and losses at every pass, got a loss that changed by "
-            f"{drift:.1e} of itself; switch off shuffling, sampling and augmentation",
-        )
+        _check_steady(operator)
 
     def _current(self) -> Any:
         """The operator at the model's present weights: graphs of earlier weights are let go."""
@@ -322,10 +296,7 @@ class Hessian(Operator):
             self._operator, losses = None, self._losses
             operator = _module().Hessian(self.params, losses.rewind, losses.next, self.memory)
             if losses.chunk and self.mode == "eval":  # as many rows a chunk as have a graph within the memory
-                rows = len(losses.data[0])
-                losses.cut(min(rows, _PROBE))
-                bytes_a_row = operator.measure() / losses.chunk
-                losses.cut(max(1, min(rows, _CHUNK, int(min(self.memory, _GRAPH) / max(bytes_a_row, 1)))))
+                losses.fit(operator.measure, self.memory)
             self._operator, self._state = operator, state
         return self._operator
 
@@ -362,16 +333,10 @@ class MomentOperator(Operator):
 
     @contextmanager
     def _products(self) -> Iterator[Any]:
-        operator = self._hessian._samples(self.unit).operator
+        moments = self._hessian._samples(self.unit).operator
         with full_precision():
-            yield operator
-        self._hessian._steady(operator)
-
-    def _apply(self, operator: Any, v: Tensor) -> Tensor:
-        return operator.centred(v, self.order)  # type: ignore[no-any-return]
-
-    def _eigenpairs(self, operator: Any, options: Any, which: str, method: str) -> Any:
-        return _module().eigenpairs(operator, self.order, options, which, method)
+            yield _module().Centred(moments, self.order)
+        _check_steady(moments)
 
     def _gradient_seconds(self) -> float:
         return self._hessian._gradient_seconds() or float(self._hessian._samples(self.unit).operator.build_seconds)
@@ -389,6 +354,16 @@ def _module() -> ModuleType:
     except ImportError as error:
         reason = f"could not be loaded ({error})"
     raise ImportError(f"samlite._C {reason}; build it for this torch in a source folder of samlite: {rebuild}")
+
+
+def _check_steady(operator: Any) -> None:
+    """Raises ValueError where the loss was not the same function at every pass."""
+    drift = operator.drift()
+    _require(
+        drift < 1e-4,
+        "data and loss_fn must give the same batches and losses at every pass, got a loss that changed by "
+        f"{drift:.1e} of itself; switch off shuffling, sampling and augmentation",
+    )
 
 
 def _require(condition: bool, message: str) -> None:

@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence
 
+PROBE = 64  # rows that are evaluated to check the function and to size its graph
+_CHUNK = 1024  # rows of a pair of tensors that are differentiated together, where their graph fits
+_GRAPH = 2**28  # bytes of the graph of such a chunk: what is freed of a larger one goes back to the system each time
+
 Loss = Callable[[nn.Module, Any], Any] | nn.Module
 Data = tuple[Tensor, Tensor] | Iterable[Any]
 
@@ -45,6 +49,13 @@ class Losses:
         self.chunk = rows
         self._single = single
         self._weights: list[float] = []  # of the batches evaluated so far
+
+    def fit(self, measure: Callable[[], int], memory: int) -> None:
+        """Cut a pair of tensors into as many rows a chunk as fit into the memory; `measure` gives a chunk's bytes."""
+        size = len(self.data[0])
+        self.cut(min(size, PROBE))
+        bytes_a_row = measure() / self.chunk
+        self.cut(max(1, min(size, _CHUNK, int(min(memory, _GRAPH) / max(bytes_a_row, 1)))))
 
     def forget(self) -> None:
         """Let `total` take a batch that is not of the stream."""
@@ -245,29 +256,43 @@ def _checked_weight(weight: Any, batch: int) -> float:
     return value
 
 
-def _placed(batch: Any, like: Tensor) -> Any:
-    """The batch on the parameters' device, its floating-point tensors in their type."""
-    if isinstance(batch, Tensor):
-        return batch.to(like.device, like.dtype if batch.is_floating_point() else batch.dtype)
-    if isinstance(batch, PackedSequence):
-        placed: Any = batch.to(device=like.device)  # type: ignore[call-arg]
-        return placed.to(dtype=like.dtype) if batch.data.is_floating_point() else placed
+def mapped(function: Callable[[Any], Any], batch: Any) -> Any:
+    """The batch with the function's value in place of each tensor, or of whatever else it holds."""
     if isinstance(batch, dict):
-        return {key: _placed(value, like) for key, value in batch.items()}
+        return {key: mapped(function, value) for key, value in batch.items()}
     if type(batch) in (tuple, list):
-        return type(batch)(_placed(value, like) for value in batch)
-    return batch
+        return type(batch)(mapped(function, value) for value in batch)
+    return function(batch)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in dictionaries, lists and tuples within each other."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in tensors(item)]
+    return []
 
 
 def rows(batch: Any, index: slice) -> Any:
     """Some samples of a batch."""
-    if isinstance(batch, Tensor):
-        return batch[index] if batch.dim() else batch
-    if isinstance(batch, dict):
-        return {key: rows(value, index) for key, value in batch.items()}
-    if type(batch) in (tuple, list):
-        return type(batch)(rows(value, index) for value in batch)
-    return batch
+    return mapped(lambda part: part[index] if isinstance(part, Tensor) and part.dim() else part, batch)
+
+
+def _placed(batch: Any, like: Tensor) -> Any:
+    """The batch on the parameters' device, its floating-point tensors in their type."""
+
+    def placed(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return part.to(like.device, like.dtype if part.is_floating_point() else part.dtype)
+        if isinstance(part, PackedSequence):
+            there: Any = part.to(device=like.device)  # type: ignore[call-arg]
+            return there.to(dtype=like.dtype) if part.data.is_floating_point() else there
+        return part
+
+    return mapped(placed, batch)
 
 
 def _sizes(batch: Any) -> set[int]:

@@ -10,7 +10,6 @@ Definitions: s_k = lambda_max(M_k - H^k)^(1/k), after Wu, Ma and E, "How SGD sel
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from samlite.capture import Capture, Plan, UncoveredError, find_plan
-from samlite.losses import Losses, is_pair, rows, samples
+from samlite.losses import Losses, is_pair, mapped, rows, samples, tensors
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -54,7 +53,7 @@ class Samples:
         memory: bytes that the kept graphs may take.
     """
 
-    def __init__(self, module: ModuleType, losses: Losses, memory: int, unit: Unit, chunk: int, graph: int) -> None:
+    def __init__(self, module: ModuleType, losses: Losses, memory: int, unit: Unit) -> None:
         self._c, self._losses, self._unit = module, losses, unit
         self.fallback: str | None = None
         self._plan: Plan | None = None
@@ -71,10 +70,7 @@ class Samples:
             losses.parameters, losses.rewind, self._next, batches=unit == "batch", memory=memory
         )
         if self._plan is not None and is_pair(losses.data):
-            size = len(losses.data[0])
-            losses.cut(min(size, 64))
-            a_row = self.operator.measure() / losses.chunk
-            losses.cut(max(1, min(size, chunk, int(min(memory, graph) / max(a_row, 1)))))
+            losses.fit(self.operator.measure, memory)
         else:  # also forgets the probes
             losses.cut(losses.chunk, single=unit == "sample" and self._plan is None)
 
@@ -107,7 +103,7 @@ class Samples:
                 "moments need batches with one row a sample in every tensor; give one sample a batch and use "
                 f"unit='batch' ({error})"
             ) from error
-        dims = {size for t in _parts(batch) for size in t.shape[1:]}
+        dims = {size for t in tensors(batch) for size in t.shape[1:]}
         few = next((r for r in _PROBE_ROWS if r <= count and all(size % r for size in dims if size > 1)), min(count, 3))
         batch = rows(batch, slice(0, few))
         base = self._seen(batch)
@@ -139,29 +135,16 @@ class Samples:
                 raise UncoveredError("this model: its chains disagree with plain autograd")
 
 
-def _parts(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, dict):
-        for value in batch.values():
-            yield from _parts(value)
-    elif isinstance(batch, tuple | list):
-        for value in batch:
-            yield from _parts(value)
-
-
 def _changed(batch: Any, j: int) -> Any:
     """The batch with sample j replaced by its neighbour, its numbers scaled."""
-    if isinstance(batch, Tensor):
-        if batch.dim() == 0:
-            return batch
-        other = batch.clone()
-        other[j] = batch[(j + 1) % len(batch)]
-        if batch.is_floating_point():
+
+    def changed(part: Any) -> Any:
+        if not isinstance(part, Tensor) or part.dim() == 0:
+            return part
+        other = part.clone()
+        other[j] = part[(j + 1) % len(part)]
+        if part.is_floating_point():
             other[j] *= 1.37
         return other
-    if isinstance(batch, dict):
-        return {key: _changed(value, j) for key, value in batch.items()}
-    if type(batch) in (tuple, list):
-        return type(batch)(_changed(value, j) for value in batch)
-    return batch
+
+    return mapped(changed, batch)
