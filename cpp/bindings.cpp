@@ -9,6 +9,7 @@
 #include "lanczos.h"
 #include "moments.h"
 #include "power.h"
+#include "quadrature.h"
 
 namespace py = pybind11;
 using namespace samlite;
@@ -28,53 +29,78 @@ Which parse_which(const std::string& which) {
   return Which::LM;
 }
 
-Eigenpairs eigenpairs(const MatVec& apply, const Tensor& like, int64_t p, Options options, const std::string& which,
-                      const std::string& method) {
+// A function of a vector as an operator, such as a product with a known matrix.
+class Callable : public Operator {
+ public:
+  Callable(MatVec function, Tensor like, int64_t numel)
+      : function_(std::move(function)), like_(std::move(like)), numel_(numel) {}
+  Tensor apply(const Tensor& v) override {
+    check_signals();
+    return function_(v);
+  }
+  const Tensor& like() const override { return like_; }
+  int64_t numel() const override { return numel_; }
+
+ private:
+  MatVec function_;
+  Tensor like_;
+  int64_t numel_;
+};
+
+MatVec product(Operator& operation) {
+  return [&](const Tensor& v) { return operation.apply(v); };
+}
+
+Eigenpairs eigenpairs(Operator& operation, Options options, const std::string& which, const std::string& method) {
+  const int64_t p = operation.numel();
   options.which = parse_which(which);
   TORCH_CHECK_VALUE(options.k >= 1 && options.k <= p, "k must be between 1 and the dimension ", p, ", got ", options.k);
   const c10::AutoGradMode no_grad(false);
-  if (method == "power") return power_iteration(apply, like, p, options);
+  if (method == "power") return power_iteration(product(operation), operation.like(), p, options);
   TORCH_CHECK_VALUE(method == "lanczos", "method must be lanczos or power, got ", method);
-  return Lanczos(apply, like, p, options).solve();
+  return Lanczos(product(operation), operation.like(), p, options).solve();
 }
 
-// Operator: Hessian or Centred.
-template <class Operator>
-Eigenpairs of_operator(const std::shared_ptr<Operator>& operation, Options options, const std::string& which,
-                       const std::string& method) {
-  const auto apply = [&](const Tensor& v) { return operation->apply(v); };
-  return eigenpairs(apply, operation->params().at(0), operation->numel(), options, which, method);
+Traces traces_of(Operator& operation, int64_t order, int64_t watched, const ProbeOptions& options) {
+  const c10::AutoGradMode no_grad(false);
+  return power_traces(product(operation), operation.like(), operation.numel(), order, watched, options);
 }
 
-Eigenpairs of_callable(const MatVec& function, const Tensor& like, int64_t p, Options options, const std::string& which,
-                       const std::string& method) {
-  const auto apply = [&](const Tensor& v) {
-    check_signals();
-    return function(v);
-  };
-  return eigenpairs(apply, like, p, options, which, method);
+Measure measure_of(Operator& operation, const Tensor& start, int64_t steps) {
+  const c10::AutoGradMode no_grad(false);
+  return spectral_measure(product(operation), start, steps);
 }
 
 std::shared_ptr<Hessian> make_hessian(std::vector<Tensor> params, std::function<void(int64_t)> rewind,
-                                      std::function<std::optional<std::tuple<Tensor, double>>()> next, int64_t memory) {
-  return std::make_shared<Hessian>(std::move(params), Losses{std::move(rewind), std::move(next)}, memory,
-                                   check_signals);
+                                      Next<Curvature> next, int64_t memory) {
+  return std::make_shared<Hessian>(std::move(params), std::move(rewind), std::move(next), memory, check_signals);
 }
 
 std::shared_ptr<Moments> make_moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind,
-                                      std::function<std::optional<std::tuple<Moments::Graph, Tensor, double>>()> next,
-                                      bool batches, int64_t memory) {
+                                      Next<Powers> next, bool batches, int64_t memory) {
   return std::make_shared<Moments>(std::move(params), std::move(rewind), std::move(next), batches, memory,
                                    check_signals);
 }
 
-std::shared_ptr<Powers> make_chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites, int64_t samples,
-                                   std::vector<Tensor> params) {
-  return std::make_shared<Chain>(loss, std::move(sites), samples, std::move(params));
+std::shared_ptr<Curvature> make_gradient(const Tensor& loss, std::vector<Tensor> params) {
+  return std::make_shared<Gradient>(loss, std::move(params));
 }
 
-std::shared_ptr<Powers> make_whole(const Tensor& loss, double weight, bool mean, std::vector<Tensor> params) {
-  return std::make_shared<Whole>(loss, weight, mean, std::move(params));
+std::shared_ptr<Curvature> make_gauss_newton(const Tensor& loss, std::vector<Tensor> z, std::vector<Tensor> cuts,
+                                             std::vector<Tensor> params) {
+  return std::make_shared<GaussNewton>(loss, std::move(z), std::move(cuts), std::move(params));
+}
+
+std::shared_ptr<Powers> make_chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites, int64_t samples,
+                                   std::vector<Tensor> params, std::vector<Tensor> z, std::vector<Tensor> cuts) {
+  std::optional<Outputs> outputs;
+  if (!z.empty()) outputs.emplace(loss, std::move(z), std::move(cuts));
+  return std::make_shared<Chain>(loss, std::move(sites), samples, std::move(params), std::move(outputs));
+}
+
+std::shared_ptr<Powers> make_whole(std::shared_ptr<Curvature> curvature, double weight, bool mean,
+                                   std::vector<Tensor> params) {
+  return std::make_shared<Whole>(std::move(curvature), weight, mean, std::move(params));
 }
 
 Tensor powers(const std::shared_ptr<Powers>& graph, const Tensor& v, int64_t order) {
@@ -94,8 +120,8 @@ double drift(Class& self) {
   return self.graphs().drift();
 }
 
-template <class Class>
-void bind_graphs(py::class_<Class, std::shared_ptr<Class>>& bound) {
+template <class Class, class... Rest>
+void bind_graphs(py::class_<Class, Rest...>& bound) {
   bound.def("measure", torch::wrap_pybind_function_no_gil(&Class::measure))
       .def("drift", torch::wrap_pybind_function_no_gil(drift<Class>))
       .def_property_readonly("build_seconds", [](Class& self) { return self.graphs().build_seconds(); })
@@ -127,9 +153,17 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("complete", &Eigenpairs::complete)
       .def_readonly("matvecs", &Eigenpairs::matvecs);
 
-  py::class_<Hessian, std::shared_ptr<Hessian>> hessian(m, "Hessian");
-  hessian.def(py::init(&make_hessian), py::arg("params"), py::arg("rewind"), py::arg("next"), py::arg("memory"))
-      .def("apply", torch::wrap_pybind_function_no_gil(&Hessian::apply), py::arg("v"));
+  py::class_<Operator, std::shared_ptr<Operator>>(m, "Operator")
+      .def("apply", torch::wrap_pybind_function_no_gil(&Operator::apply), py::arg("v"));
+  py::class_<Callable, Operator, std::shared_ptr<Callable>>(m, "Callable")
+      .def(py::init<MatVec, Tensor, int64_t>(), py::arg("function"), py::arg("like"), py::arg("dimension"));
+
+  py::class_<Curvature, std::shared_ptr<Curvature>>(m, "Curvature");
+  m.def("gradient", torch::wrap_pybind_function_no_gil(make_gradient), py::arg("loss"), py::arg("params"));
+  m.def("gauss_newton", torch::wrap_pybind_function_no_gil(make_gauss_newton), py::arg("loss"), py::arg("outputs"),
+        py::arg("cuts"), py::arg("params"));
+  py::class_<Hessian, Operator, std::shared_ptr<Hessian>> hessian(m, "Hessian");
+  hessian.def(py::init(&make_hessian), py::arg("params"), py::arg("rewind"), py::arg("next"), py::arg("memory"));
   bind_graphs(hessian);
 
   m.def("tap", &tap, py::arg("a"));
@@ -156,23 +190,43 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Powers, std::shared_ptr<Powers>>(m, "Powers")
       .def("__call__", torch::wrap_pybind_function_no_gil(powers), py::arg("v"), py::arg("order"));
   m.def("chain", torch::wrap_pybind_function_no_gil(make_chain), py::arg("loss"), py::arg("sites"), py::arg("samples"),
-        py::arg("params"));
-  m.def("whole", torch::wrap_pybind_function_no_gil(make_whole), py::arg("loss"), py::arg("weight"), py::arg("mean"),
-        py::arg("params"));
+        py::arg("params"), py::arg("outputs"), py::arg("cuts"));
+  m.def("whole", torch::wrap_pybind_function_no_gil(make_whole), py::arg("curvature"), py::arg("weight"),
+        py::arg("mean"), py::arg("params"));
   py::class_<Moments, std::shared_ptr<Moments>> moments(m, "Moments");
   moments
       .def(py::init(&make_moments), py::arg("params"), py::arg("rewind"), py::arg("next"), py::arg("batches"),
            py::arg("memory"))
       .def("apply", torch::wrap_pybind_function_no_gil(&Moments::apply), py::arg("v"), py::arg("order"));
   bind_graphs(moments);
-  py::class_<Centred, std::shared_ptr<Centred>>(m, "Centred")
-      .def(py::init<std::shared_ptr<Moments>, int64_t>(), py::arg("moments"), py::arg("order"))
-      .def("apply", torch::wrap_pybind_function_no_gil(&Centred::apply), py::arg("v"));
+  py::class_<Centred, Operator, std::shared_ptr<Centred>>(m, "Centred")
+      .def(py::init<std::shared_ptr<Moments>, int64_t>(), py::arg("moments"), py::arg("order"));
+  py::class_<Mixture, Operator, std::shared_ptr<Mixture>>(m, "Mixture")
+      .def(py::init<std::shared_ptr<Moments>, std::vector<double>>(), py::arg("moments"), py::arg("coefficients"));
 
-  m.def("eigenpairs", torch::wrap_pybind_function_no_gil(of_operator<Hessian>), py::arg("hessian"), py::arg("options"),
+  m.def("eigenpairs", torch::wrap_pybind_function_no_gil(eigenpairs), py::arg("operator"), py::arg("options"),
         py::arg("which") = "LA", py::arg("method") = "lanczos");
-  m.def("eigenpairs", torch::wrap_pybind_function_no_gil(of_operator<Centred>), py::arg("centred"), py::arg("options"),
-        py::arg("which") = "LA", py::arg("method") = "lanczos");
-  m.def("eigenpairs", torch::wrap_pybind_function_no_gil(of_callable), py::arg("matvec"), py::arg("like"),
-        py::arg("dimension"), py::arg("options"), py::arg("which") = "LA", py::arg("method") = "lanczos");
+
+  py::class_<Traces>(m, "Traces")
+      .def_readonly("values", &Traces::values)
+      .def_readonly("errors", &Traces::errors)
+      .def_readonly("probes", &Traces::probes)
+      .def_readonly("matvecs", &Traces::matvecs)
+      .def_readonly("converged", &Traces::converged);
+  py::class_<ProbeOptions>(m, "ProbeOptions")
+      .def(py::init([](double tol, int64_t max_matvecs, int64_t deflation, uint64_t seed,
+                       std::function<void(int64_t, double)> progress) {
+             return ProbeOptions{tol, max_matvecs, deflation, seed, progress};
+           }),
+           py::kw_only(), py::arg("tol"), py::arg("max_matvecs"), py::arg("deflation"), py::arg("seed"),
+           py::arg("progress"));
+  m.def("power_traces", torch::wrap_pybind_function_no_gil(traces_of), py::arg("operator"), py::arg("order"),
+        py::arg("watched"), py::arg("options"));
+  py::class_<Measure>(m, "Measure")
+      .def_readonly("nodes", &Measure::nodes)
+      .def_readonly("weights", &Measure::weights)
+      .def_readonly("residuals", &Measure::residuals)
+      .def_readonly("matvecs", &Measure::matvecs);
+  m.def("spectral_measure", torch::wrap_pybind_function_no_gil(measure_of), py::arg("operator"), py::arg("start"),
+        py::arg("steps"));
 }

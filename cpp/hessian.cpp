@@ -4,29 +4,84 @@
 
 namespace samlite {
 
-Gradient::Gradient(const Tensor& loss, const std::vector<Tensor>& params) {
-  if (!loss.requires_grad()) return;  // does not depend on the parameters: zero curvature
-  c10::AutoGradMode grad(true);
-  const auto gradients = torch::autograd::grad({loss}, params, {}, /*retain_graph=*/true, /*create_graph=*/true,
-                                               /*allow_unused=*/true);
-  for (size_t i = 0; i < params.size(); ++i) {
-    if (gradients[i].defined() && gradients[i].requires_grad()) {
-      gradients_.push_back(gradients[i]);
-      index_.push_back(i);
+namespace {
+
+// Cotangents at the roots pulled back to the inputs; undefined where nothing arrives.
+std::vector<Tensor> pulled_back(const std::vector<Tensor>& roots, const std::vector<Tensor>& inputs,
+                                const std::vector<Tensor>& cotangents, bool create_graph = false) {
+  if (roots.empty() || inputs.empty()) return std::vector<Tensor>(inputs.size());
+  return torch::autograd::grad(roots, inputs, cotangents, /*retain_graph=*/true, create_graph, /*allow_unused=*/true);
+}
+
+// Those of some tensors that can be differentiated further, and where they are.
+std::pair<std::vector<Tensor>, std::vector<size_t>> differentiable(const std::vector<Tensor>& tensors) {
+  std::pair<std::vector<Tensor>, std::vector<size_t>> result;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i].defined() && tensors[i].requires_grad()) {
+      result.first.push_back(tensors[i]);
+      result.second.push_back(i);
     }
   }
+  return result;
+}
+
+std::vector<Tensor> selected(const std::vector<Tensor>& tensors, const std::vector<size_t>& index) {
+  std::vector<Tensor> result;
+  for (const auto i : index) result.push_back(tensors[i]);
+  return result;
+}
+
+void add(const std::vector<Tensor>& terms, std::vector<Tensor>& sums) {
+  for (size_t i = 0; i < sums.size(); ++i)
+    if (terms[i].defined()) sums[i].add_(terms[i]);
+}
+
+}  // namespace
+
+Gradient::Gradient(const Tensor& loss, std::vector<Tensor> params) : params_(std::move(params)) {
+  if (!loss.requires_grad()) return;  // does not depend on the parameters: zero curvature
+  c10::AutoGradMode grad(true);
+  std::tie(gradients_, index_) = differentiable(pulled_back({loss}, params_, {}, /*create_graph=*/true));
 }
 
 // d(g . v)/dw: reverse mode over the graph of the gradient.
-void Gradient::add_product(const std::vector<Tensor>& params, const std::vector<Tensor>& v,
-                           std::vector<Tensor>& out) const {
-  if (gradients_.empty()) return;
-  std::vector<Tensor> directions;
-  for (const auto i : index_) directions.push_back(v[i]);
-  const auto products = torch::autograd::grad(gradients_, params, directions, /*retain_graph=*/true,
-                                              /*create_graph=*/false, /*allow_unused=*/true);
-  for (size_t i = 0; i < params.size(); ++i)
-    if (products[i].defined()) out[i].add_(products[i]);
+void Gradient::add_product(const std::vector<Tensor>& v, std::vector<Tensor>& out) const {
+  add(pulled_back(gradients_, params_, selected(v, index_)), out);
+}
+
+Outputs::Outputs(const Tensor& loss, std::vector<Tensor> z, std::vector<Tensor> cuts)
+    : z_(std::move(z)), cuts_(std::move(cuts)) {
+  c10::AutoGradMode grad(true);
+  for (const auto& output : z_) u_.push_back(at::zeros_like(output).requires_grad_());
+  if (loss.requires_grad()) slopes_ = pulled_back({loss}, cuts_, {}, /*create_graph=*/true);
+  for (auto& slope : slopes_)
+    if (!slope.defined() || !slope.requires_grad()) slope = Tensor();
+}
+
+std::vector<Tensor> Outputs::curve(const std::vector<Tensor>& v) const {
+  std::vector<Tensor> roots, cotangents;
+  for (size_t i = 0; i < slopes_.size(); ++i) {
+    if (!slopes_[i].defined() || !v[i].defined()) continue;
+    roots.push_back(slopes_[i]);
+    cotangents.push_back(v[i]);
+  }
+  auto result = pulled_back(roots, cuts_, cotangents);
+  for (size_t i = 0; i < result.size(); ++i)
+    if (!result[i].defined()) result[i] = at::zeros_like(u_[i]);
+  return result;
+}
+
+GaussNewton::GaussNewton(const Tensor& loss, std::vector<Tensor> z, std::vector<Tensor> cuts,
+                         std::vector<Tensor> params)
+    : params_(std::move(params)), outputs_(loss, std::move(z), std::move(cuts)) {
+  c10::AutoGradMode grad(true);
+  std::tie(transposed_, index_) =
+      differentiable(pulled_back(outputs_.z(), params_, outputs_.u(), /*create_graph=*/true));
+}
+
+void GaussNewton::add_product(const std::vector<Tensor>& v, std::vector<Tensor>& out) const {
+  const auto along = pulled_back(transposed_, outputs_.u(), selected(v, index_));
+  add(pulled_back(outputs_.z(), params_, outputs_.curve(along)), out);
 }
 
 std::vector<Tensor> views(const Tensor& flat, const std::vector<Tensor>& params) {
@@ -39,17 +94,10 @@ std::vector<Tensor> views(const Tensor& flat, const std::vector<Tensor>& params)
   return result;
 }
 
-Hessian::Hessian(std::vector<Tensor> params, Losses losses, int64_t memory, std::function<void()> check_signals)
+Hessian::Hessian(std::vector<Tensor> params, std::function<void(int64_t)> rewind, Next<Curvature> next, int64_t memory,
+                 std::function<void()> check_signals)
     : params_(std::move(params)),
-      graphs_(
-          losses.rewind,
-          [this, next = losses.next]() -> std::optional<Graphs<Gradient>::Batch> {
-            const auto item = next();
-            if (!item) return std::nullopt;
-            const auto& [loss, weight] = *item;
-            return Graphs<Gradient>::Batch{Gradient(loss, params_), loss, weight};
-          },
-          params_.at(0).device(), memory, std::move(check_signals)) {
+      graphs_(std::move(rewind), stream(std::move(next)), params_.at(0).device(), memory, std::move(check_signals)) {
   for (const auto& p : params_) numel_ += p.numel();
 }
 
@@ -57,8 +105,12 @@ Tensor Hessian::apply(const Tensor& v) {
   Tensor out = at::zeros_like(v);
   const auto directions = views(v, params_);
   auto sums = views(out, params_);
-  graphs_.pass([&](const Gradient& graph) { graph.add_product(params_, directions, sums); });
+  graphs_.pass([&](const auto& graph) { graph->add_product(directions, sums); });
   return out.div_(graphs_.weight());
+}
+
+int64_t Hessian::measure() {
+  return graphs_.measure([](const auto&) {});
 }
 
 }  // namespace samlite

@@ -1,51 +1,97 @@
-// The product H v of the mean loss over a data set, by double backward through the gradient's graph.
+// The product of a vector with the Hessian of the mean loss over a data set, or with its Gauss-Newton part.
 #pragma once
 
+#include <memory>
 #include <tuple>
 
 #include "graphs.h"
+#include "operator.h"
 
 namespace samlite {
 
-// The data set as a stream of losses with a graph: `rewind(i)` goes to batch i, `next()` gives (the sum over
-// the batch's samples of their loss, the number or weight of its samples), or nothing behind the last batch.
-struct Losses {
-  std::function<void(int64_t)> rewind;
-  std::function<std::optional<std::tuple<Tensor, double>>()> next;
+// The curvature of one loss through its graph.
+class Curvature {
+ public:
+  virtual ~Curvature() = default;
+  // out += H v, both as one tensor a parameter.
+  virtual void add_product(const std::vector<Tensor>& v, std::vector<Tensor>& out) const = 0;
 };
 
-// The gradient of one loss with its graph; parameters it does not depend on, or only linearly, are left out.
-class Gradient {
+// The Hessian by double backward: the gradient with its graph. Parameters that the loss does not depend on, or only
+// linearly, are left out.
+class Gradient : public Curvature {
  public:
-  Gradient(const Tensor& loss, const std::vector<Tensor>& params);
-  // out += H v, both as one tensor a parameter.
-  void add_product(const std::vector<Tensor>& params, const std::vector<Tensor>& v, std::vector<Tensor>& out) const;
+  Gradient(const Tensor& loss, std::vector<Tensor> params);
+  void add_product(const std::vector<Tensor>& v, std::vector<Tensor>& out) const override;
 
  private:
-  std::vector<Tensor> gradients_;
+  std::vector<Tensor> params_, gradients_;
   std::vector<size_t> index_;
+};
+
+// The outputs z of a network, cut from the loss that is computed from them, so that its two parts are differentiated
+// apart: J v, the Hessian of the loss by z, and J^T w.
+class Outputs {
+ public:
+  // z: with their graph; cuts: the leaves in place of z that the loss was computed from.
+  Outputs(const Tensor& loss, std::vector<Tensor> z, std::vector<Tensor> cuts);
+  const std::vector<Tensor>& z() const { return z_; }
+  const std::vector<Tensor>& u() const {
+    return u_;
+  }  // stand for a cotangent w: J v is the derivative of v^T J^T u by u
+  std::vector<Tensor> curve(const std::vector<Tensor>& v) const;  // the Hessian of the loss by z, times v
+
+ private:
+  std::vector<Tensor> z_, cuts_, u_, slopes_;
+};
+
+// The Gauss-Newton matrix J^T (d2 loss/dz2) J, which is positive semidefinite where the loss is convex in z.
+class GaussNewton : public Curvature {
+ public:
+  GaussNewton(const Tensor& loss, std::vector<Tensor> z, std::vector<Tensor> cuts, std::vector<Tensor> params);
+  void add_product(const std::vector<Tensor>& v, std::vector<Tensor>& out) const override;
+
+ private:
+  std::vector<Tensor> params_, transposed_;  // J^T u
+  std::vector<size_t> index_;
+  Outputs outputs_;
 };
 
 // flat: (p,) as one view a parameter.
 std::vector<Tensor> views(const Tensor& flat, const std::vector<Tensor>& params);
 
-class Hessian {
+// A batch as `next` gives it: its graph, the sum over its samples of their loss, and their number or weight.
+template <class Graph>
+using Next = std::function<std::optional<std::tuple<std::shared_ptr<Graph>, Tensor, double>>()>;
+
+// `next` as the stream of batches that `Graphs` takes.
+template <class Graph>
+auto stream(Next<Graph> next) {
+  using Batch = typename Graphs<std::shared_ptr<Graph>>::Batch;
+  return [next = std::move(next)]() -> std::optional<Batch> {
+    auto item = next();
+    if (!item) return std::nullopt;
+    auto& [graph, loss, weight] = *item;
+    return Batch{std::move(graph), loss, weight};
+  };
+}
+
+class Hessian : public Operator {
  public:
   // params: the leaves that H is taken by; memory: bytes that the kept graphs may take.
-  Hessian(std::vector<Tensor> params, Losses losses, int64_t memory, std::function<void()> check_signals);
+  Hessian(std::vector<Tensor> params, std::function<void(int64_t)> rewind, Next<Curvature> next, int64_t memory,
+          std::function<void()> check_signals);
 
-  Tensor apply(const Tensor& v);  // v: (p,) -> H v: (p,)
-  int64_t measure() {             // bytes that the first batch's graph takes
-    return graphs_.measure([](const Gradient&) {});
-  }
-  int64_t numel() const { return numel_; }
-  const std::vector<Tensor>& params() const { return params_; }
-  Graphs<Gradient>& graphs() { return graphs_; }
+  Tensor apply(const Tensor& v) override;
+  int64_t measure();  // bytes that building the first batch takes
+  const Tensor& like() const override { return params_.at(0); }
+  int64_t numel() const override { return numel_; }
+  auto& graphs() { return graphs_; }
 
  private:
   std::vector<Tensor> params_;
   int64_t numel_ = 0;
-  Graphs<Gradient> graphs_;
+  Graphs<std::shared_ptr<Curvature>> graphs_;
 };
 
 }  // namespace samlite

@@ -64,13 +64,16 @@ Site::Site(std::optional<Tensor> a, std::optional<Tensor> eta, const Tensor& z, 
       z_(torch::autograd::impl::gradient_edge(z)),
       layout_(layout) {}
 
-Chain::Chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites, int64_t n, std::vector<Tensor> params)
-    : n_(n), params_(std::move(params)), rows_(params_.size(), false) {
+Chain::Chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites, int64_t n, std::vector<Tensor> params,
+             std::optional<Outputs> outputs)
+    : n_(n), params_(std::move(params)), outputs_(std::move(outputs)), rows_(params_.size(), false) {
   if (!loss.requires_grad()) return;
   std::vector<Edge> edges;
   for (const auto& site : sites) edges.push_back(site->z_);
   c10::AutoGradMode grad(true);
-  const auto deltas = pull_back({loss}, {at::ones_like(loss)}, edges, /*create_graph=*/true);
+  // For Gauss-Newton matrices, delta = J^T u of the outputs' stand-in u instead of the loss.
+  const auto deltas = outputs_ ? pull_back(outputs_->z(), outputs_->u(), edges, /*create_graph=*/true)
+                               : pull_back({loss}, {at::ones_like(loss)}, edges, /*create_graph=*/true);
   for (size_t i = 0; i < sites.size(); ++i) {
     if (!deltas[i].defined()) continue;  // its output is not used
     auto& site = *sites[i];
@@ -100,7 +103,7 @@ std::vector<Chain::Dots> Chain::step(const std::vector<Direction>& direction) co
   std::vector<Edge> edges;
   for (const auto& site : sites_) {
     Tensor at_delta, at_a;
-    const bool wants_a = site->eta_.defined();
+    const bool wants_a = site->eta_.defined() && !outputs_;  // a Gauss-Newton matrix has no derivative of a
     for (const auto& use : site->uses_) {
       const auto& [shared, whole, left, right] = direction[use.param];
       const Tensor &a = site->a_first_, &delta = site->delta_first_;
@@ -127,7 +130,7 @@ std::vector<Chain::Dots> Chain::step(const std::vector<Direction>& direction) co
     edges.push_back(site->z_);
     if (wants_a) edges.push_back(torch::autograd::impl::gradient_edge(site->eta_));
   }
-  const auto captured = pull_back(roots, cotangents, edges, /*create_graph=*/false);
+  const auto captured = responses(roots, cotangents, edges);
   std::vector<Dots> dots;
   size_t next = 0;
   for (const auto& site : sites_) {
@@ -141,6 +144,16 @@ std::vector<Chain::Dots> Chain::step(const std::vector<Direction>& direction) co
     dots.push_back(dot);
   }
   return dots;
+}
+
+// Cotangents at the layers' linear responses to the derivatives at the edges: at once, or by way of the outputs.
+std::vector<Tensor> Chain::responses(const std::vector<Tensor>& roots, const std::vector<Tensor>& cotangents,
+                                     const std::vector<Edge>& edges) const {
+  if (!outputs_) return pull_back(roots, cotangents, edges, /*create_graph=*/false);
+  std::vector<Edge> stand_ins;
+  for (const auto& u : outputs_->u()) stand_ins.push_back(torch::autograd::impl::gradient_edge(u));
+  const auto along = pull_back(roots, cotangents, stand_ins, /*create_graph=*/false);
+  return pull_back(outputs_->z(), outputs_->curve(along), edges, /*create_graph=*/false);
 }
 
 // Powers of small Hessians reach denormal numbers, which are a hundred times slower on a CPU: each sample's derivatives
@@ -235,26 +248,17 @@ void Whole::add(const Tensor& v, Tensor& out) {
   for (int64_t k = 0; k < out.size(0); ++k) {
     Tensor next = at::zeros_like(u);
     auto sums = views(next, params_);
-    gradient_.add_product(params_, views(u, params_), sums);
+    curvature_->add_product(views(u, params_), sums);
     u = mean_ ? next.div_(weight_) : next;
     out[k].add_(u, mean_ ? weight_ : 1);
   }
 }
 
-Moments::Moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind,
-                 std::function<std::optional<std::tuple<Graph, Tensor, double>>()> next, bool batches, int64_t memory,
-                 std::function<void()> check_signals)
+Moments::Moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind, Next<Powers> next, bool batches,
+                 int64_t memory, std::function<void()> check_signals)
     : params_(std::move(params)),
       batches_(batches),
-      graphs_(
-          std::move(rewind),
-          [next = std::move(next)]() -> std::optional<Graphs<Graph>::Batch> {
-            auto item = next();
-            if (!item) return std::nullopt;
-            auto& [graph, loss, weight] = *item;
-            return Graphs<Graph>::Batch{std::move(graph), loss, weight};
-          },
-          params_.at(0).device(), memory, std::move(check_signals)) {
+      graphs_(std::move(rewind), stream(std::move(next)), params_.at(0).device(), memory, std::move(check_signals)) {
   for (const auto& p : params_) numel_ += p.numel();
 }
 
@@ -262,7 +266,7 @@ Moments::Moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind
 Tensor Moments::apply(const Tensor& v, int64_t order) {
   Tensor out = at::zeros({order, v.numel()}, v.options());
   int64_t samples = 0;
-  graphs_.pass([&](const Graph& graph) {
+  graphs_.pass([&](const auto& graph) {
     graph->add(v, out);
     samples += graph->samples();
   });
@@ -274,14 +278,23 @@ Tensor Moments::apply(const Tensor& v, int64_t order) {
 
 int64_t Moments::measure() {
   Tensor out = at::zeros({2, numel_}, params_[0].options().requires_grad(false));
-  return graphs_.measure([&](const Graph& graph) { graph->add(out[0].add(1), out); });
+  return graphs_.measure([&](const auto& graph) { graph->add(out[0].add(1), out); });
 }
 
-Tensor Centred::apply(const Tensor& v) const {
+Tensor Centred::apply(const Tensor& v) {
   const Tensor moments = moments_->apply(v, order_);
   Tensor power = moments[0];
   for (int64_t k = 1; k < order_; ++k) power = moments_->apply(power, 1)[0];
   return moments[order_ - 1] - power;
+}
+
+Tensor Mixture::apply(const Tensor& v) {
+  const auto order = static_cast<int64_t>(coefficients_.size()) - 1;
+  Tensor out = v * coefficients_[0];
+  if (order == 0) return out;
+  const Tensor moments = moments_->apply(v, order);
+  for (int64_t k = 1; k <= order; ++k) out.add_(moments[k - 1], coefficients_[k]);
+  return out;
 }
 
 }  // namespace samlite

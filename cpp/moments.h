@@ -53,8 +53,9 @@ class Powers {
 
 class Chain : public Powers {
  public:
-  // loss: the sum over n samples; sites: where the parameters act on them.
-  Chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites, int64_t n, std::vector<Tensor> params);
+  // loss: the sum over n samples; sites: where the parameters act on them; outputs: for Gauss-Newton matrices.
+  Chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites, int64_t n, std::vector<Tensor> params,
+        std::optional<Outputs> outputs);
   void add(const Tensor& v, Tensor& out) override;
   int64_t samples() const override { return n_; }
 
@@ -69,6 +70,8 @@ class Chain : public Powers {
     Tensor delta, a;  // sample-first; not defined where they are zero
   };
   std::vector<Dots> step(const std::vector<Direction>& direction) const;
+  std::vector<Tensor> responses(const std::vector<Tensor>& roots, const std::vector<Tensor>& cotangents,
+                                const std::vector<torch::autograd::Edge>& edges) const;
   std::vector<Direction> directions(const std::vector<Dots>& dots) const;
   void add_mean(const std::vector<Dots>& dots, const Tensor& scale, std::vector<Tensor>& out) const;
   Tensor normalise(std::vector<Dots>& dots) const;
@@ -76,20 +79,21 @@ class Chain : public Powers {
   std::vector<std::shared_ptr<Site>> sites_;
   int64_t n_;
   std::vector<Tensor> params_;
+  std::optional<Outputs> outputs_;
   std::vector<bool> rows_;  // of each parameter: kept as rows
 };
 
-// A batch as one sample, through its gradient's graph.
+// A batch as one sample.
 class Whole : public Powers {
  public:
   // mean: H is that of the loss over its weight, and counts by its weight.
-  Whole(const Tensor& loss, double weight, bool mean, std::vector<Tensor> params)
-      : gradient_(loss, params), weight_(weight), mean_(mean), params_(std::move(params)) {}
+  Whole(std::shared_ptr<Curvature> curvature, double weight, bool mean, std::vector<Tensor> params)
+      : curvature_(std::move(curvature)), weight_(weight), mean_(mean), params_(std::move(params)) {}
   void add(const Tensor& v, Tensor& out) override;
   int64_t samples() const override { return 1; }
 
  private:
-  Gradient gradient_;
+  std::shared_ptr<Curvature> curvature_;
   double weight_;
   bool mean_;
   std::vector<Tensor> params_;
@@ -98,34 +102,51 @@ class Whole : public Powers {
 // M_k v = (1/n) sum_i H_i^k v over a data set; with `batches`, i runs over batches by their weight.
 class Moments {
  public:
-  using Graph = std::shared_ptr<Powers>;
-  Moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind,
-          std::function<std::optional<std::tuple<Graph, Tensor, double>>()> next, bool batches, int64_t memory,
-          std::function<void()> check_signals);
+  Moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind, Next<Powers> next, bool batches,
+          int64_t memory, std::function<void()> check_signals);
   Tensor apply(const Tensor& v, int64_t order);  // -> (order, p): M_1 v, ..., M_order v
   int64_t measure();                             // bytes that two steps through the first batch take
   int64_t numel() const { return numel_; }
-  const std::vector<Tensor>& params() const { return params_; }
-  Graphs<Graph>& graphs() { return graphs_; }
+  const Tensor& like() const { return params_.at(0); }
+  auto& graphs() { return graphs_; }
 
  private:
   std::vector<Tensor> params_;
   bool batches_;
   int64_t numel_ = 0;
-  Graphs<Graph> graphs_;
+  Graphs<std::shared_ptr<Powers>> graphs_;
+};
+
+// What is made of the moments of one data set.
+class OfMoments : public Operator {
+ public:
+  explicit OfMoments(std::shared_ptr<Moments> moments) : moments_(std::move(moments)) {}
+  const Tensor& like() const override { return moments_->like(); }
+  int64_t numel() const override { return moments_->numel(); }
+
+ protected:
+  std::shared_ptr<Moments> moments_;
 };
 
 // M_order - H^order.
-class Centred {
+class Centred : public OfMoments {
  public:
-  Centred(std::shared_ptr<Moments> moments, int64_t order) : moments_(std::move(moments)), order_(order) {}
-  Tensor apply(const Tensor& v) const;  // (p,) -> (p,)
-  int64_t numel() const { return moments_->numel(); }
-  const std::vector<Tensor>& params() const { return moments_->params(); }
+  Centred(std::shared_ptr<Moments> moments, int64_t order) : OfMoments(std::move(moments)), order_(order) {}
+  Tensor apply(const Tensor& v) override;
 
  private:
-  std::shared_ptr<Moments> moments_;
   int64_t order_;
+};
+
+// c_0 I + c_1 M_1 + c_2 M_2 + ...
+class Mixture : public OfMoments {
+ public:
+  Mixture(std::shared_ptr<Moments> moments, std::vector<double> coefficients)
+      : OfMoments(std::move(moments)), coefficients_(std::move(coefficients)) {}
+  Tensor apply(const Tensor& v) override;
+
+ private:
+  std::vector<double> coefficients_;
 };
 
 }  // namespace samlite

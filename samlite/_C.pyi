@@ -1,8 +1,8 @@
 """The compiled module: eigen-solvers, Hessian-vector products and per-sample chains on libtorch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable as Function
+from collections.abc import Sequence
 from enum import Enum
-from typing import overload
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ class Options:
         max_matvecs: int = 1000,
         seed: int = 0,
         start: Tensor | None = None,
-        progress: Callable[[int, float], None] | None = None,
+        progress: Function[[int, float], None] | None = None,
     ) -> None: ...
 
 class Eigenpairs:
@@ -37,15 +37,27 @@ class Eigenpairs:
     @property
     def matvecs(self) -> int: ...
 
-class Hessian:
+class Operator:
+    def apply(self, v: Tensor) -> Tensor: ...  # (p,) -> (p,)
+
+class Callable(Operator):
+    def __init__(self, function: Function[[Tensor], Tensor], like: Tensor, dimension: int) -> None: ...
+
+class Curvature: ...
+
+def gradient(loss: Tensor, params: Sequence[Tensor]) -> Curvature: ...
+def gauss_newton(
+    loss: Tensor, outputs: Sequence[Tensor], cuts: Sequence[Tensor], params: Sequence[Tensor]
+) -> Curvature: ...
+
+class Hessian(Operator):
     def __init__(
         self,
         params: Sequence[Tensor],
-        rewind: Callable[[int], None],
-        next: Callable[[], tuple[Tensor, float] | None],
+        rewind: Function[[int], None],
+        next: Function[[], tuple[Curvature, Tensor, float] | None],
         memory: int,
     ) -> None: ...
-    def apply(self, v: Tensor) -> Tensor: ...
     def measure(self) -> int: ...
     def drift(self) -> float: ...
     @property
@@ -82,15 +94,22 @@ class Powers:
     def __call__(self, v: Tensor, order: int) -> Tensor: ...  # (order, p): sums over samples, not yet scaled
 
 def tap(a: Tensor) -> tuple[Tensor, Tensor]: ...
-def chain(loss: Tensor, sites: Sequence[Site], samples: int, params: Sequence[Tensor]) -> Powers: ...
-def whole(loss: Tensor, weight: float, mean: bool, params: Sequence[Tensor]) -> Powers: ...
+def chain(
+    loss: Tensor,
+    sites: Sequence[Site],
+    samples: int,
+    params: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    cuts: Sequence[Tensor],
+) -> Powers: ...
+def whole(curvature: Curvature, weight: float, mean: bool, params: Sequence[Tensor]) -> Powers: ...
 
 class Moments:
     def __init__(
         self,
         params: Sequence[Tensor],
-        rewind: Callable[[int], None],
-        next: Callable[[], tuple[Powers, Tensor, float] | None],
+        rewind: Function[[int], None],
+        next: Function[[], tuple[Powers, Tensor, float] | None],
         batches: bool,
         memory: int,
     ) -> None: ...
@@ -106,20 +125,47 @@ class Moments:
     @property
     def kept_bytes(self) -> int: ...
 
-class Centred:
+class Centred(Operator):
     def __init__(self, moments: Moments, order: int) -> None: ...
-    def apply(self, v: Tensor) -> Tensor: ...  # (p,)
 
-@overload
-def eigenpairs(hessian: Hessian, options: Options, which: str = "LA", method: str = "lanczos") -> Eigenpairs: ...
-@overload
-def eigenpairs(centred: Centred, options: Options, which: str = "LA", method: str = "lanczos") -> Eigenpairs: ...
-@overload
-def eigenpairs(
-    matvec: Callable[[Tensor], Tensor],
-    like: Tensor,
-    dimension: int,
-    options: Options,
-    which: str = "LA",
-    method: str = "lanczos",
-) -> Eigenpairs: ...
+class Mixture(Operator):
+    def __init__(self, moments: Moments, coefficients: Sequence[float]) -> None: ...
+
+def eigenpairs(operator: Operator, options: Options, which: str = "LA", method: str = "lanczos") -> Eigenpairs: ...
+
+class Traces:
+    @property
+    def values(self) -> list[float]: ...
+    @property
+    def errors(self) -> list[float]: ...
+    @property
+    def probes(self) -> int: ...
+    @property
+    def matvecs(self) -> int: ...
+    @property
+    def converged(self) -> bool: ...
+
+class ProbeOptions:
+    def __init__(
+        self,
+        *,
+        tol: float,
+        max_matvecs: int,
+        deflation: int,
+        seed: int,
+        progress: Function[[int, float], None] | None,
+    ) -> None: ...
+
+def power_traces(operator: Operator, order: int, watched: int, options: ProbeOptions) -> Traces: ...
+
+class Measure:
+    @property
+    def nodes(self) -> Tensor: ...
+    @property
+    def weights(self) -> Tensor: ...
+    @property
+    def residuals(self) -> Tensor: ...
+    @property
+    def matvecs(self) -> int: ...
+
+def spectral_measure(operator: Operator, start: Tensor, steps: int) -> Measure: ...

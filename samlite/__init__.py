@@ -7,18 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from samlite.hessian import Eigenvalues, Hessian
+    from samlite.hessian import Hessian
     from samlite.moments import Moments
+    from samlite.operator import Density, Eigenvalues, Estimate
     from samlite.sam import SAM
 
 __version__ = "0.1.0"
-__all__ = ["SAM", "Eigenvalues", "Hessian", "Moments", "__version__"]
+__all__ = ["SAM", "Density", "Eigenvalues", "Estimate", "Hessian", "Moments", "__version__"]
 
 _HOME = {
     "SAM": "samlite.sam",
     "Hessian": "samlite.hessian",
-    "Eigenvalues": "samlite.hessian",
     "Moments": "samlite.moments",
+    "Density": "samlite.operator",
+    "Eigenvalues": "samlite.operator",
+    "Estimate": "samlite.operator",
 }
 
 

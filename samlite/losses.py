@@ -62,14 +62,9 @@ class Losses:
         self._weights, self._index = [], 0
 
     def rewind(self, batch: int) -> None:
-        """Go to a batch: the next call of `next` evaluates it."""
+        """Go to a batch: `next_batch` gives it."""
         self._stream = islice(self._batches(), batch, None)
         self._index = batch
-
-    def next(self) -> tuple[Tensor, float] | None:
-        """(Sum of the batch's losses, its number or weight of samples), or None behind the last batch."""
-        batch = self.next_batch()
-        return None if batch is None else self.total(batch)
 
     def next_batch(self) -> Any:
         """The batch, or None behind the last; `total` must follow."""

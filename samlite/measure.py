@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from samlite.checkpoints import load_weights, write_json
 from samlite.config import usable_device
-from samlite.hessian import Eigenvalues, Hessian, Progress
+from samlite.hessian import Hessian
 from samlite.losses import is_pair
 from samlite.moments import Moments
+from samlite.operator import Eigenvalues, Progress
 
 SAMPLES = 8192  # measured by default, as sharpness changes little beyond them
 

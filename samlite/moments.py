@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from samlite.capture import Capture, Plan, UncoveredError, find_plan
+from samlite.curvature import Curves, Kind
 from samlite.losses import Losses, is_pair, mapped, rows, samples, tensors
 
 if TYPE_CHECKING:
@@ -53,8 +54,9 @@ class Samples:
         memory: bytes that the kept graphs may take.
     """
 
-    def __init__(self, module: ModuleType, losses: Losses, memory: int, unit: Unit) -> None:
+    def __init__(self, module: ModuleType, losses: Losses, memory: int, unit: Unit, kind: Kind) -> None:
         self._c, self._losses, self._unit = module, losses, unit
+        self._curves = Curves(module, losses, kind)
         self.fallback: str | None = None
         self._plan: Plan | None = None
         if unit == "sample":
@@ -78,17 +80,18 @@ class Samples:
         batch = self._losses.next_batch()
         if batch is None:
             return None
-        if self._plan is None:
-            total, weight = self._losses.total(batch)
-            whole = self._c.whole(total, weight, self._unit == "batch", self._losses.parameters)
-            return whole, total.detach(), weight
-        return self._chain(batch, self._plan)
+        return self._whole(batch) if self._plan is None else self._chain(batch, self._plan)
+
+    def _whole(self, batch: Any) -> tuple[Any, Tensor, float]:
+        curvature, total, weight = self._curves.whole(batch)
+        return self._c.whole(curvature, weight, self._unit == "batch", self._losses.parameters), total, weight
 
     def _chain(self, batch: Any, plan: Plan) -> tuple[Any, Tensor, float]:
         count = samples(batch)
         capture = Capture(self._losses.parameters, count, plan)
-        total, weight = self._losses.total(batch, capture)
-        return self._c.chain(total, capture.sites, count, self._losses.parameters), total.detach(), weight
+        total, weight, outputs, leaves = self._curves.total(batch, capture)
+        chain = self._c.chain(total, capture.sites, count, self._losses.parameters, outputs, leaves)
+        return chain, total.detach(), weight
 
     # --- The plan, and the proof that it is right
 
@@ -128,8 +131,7 @@ class Samples:
         plain = torch.zeros_like(chain)
         for i in range(samples(batch)):
             self._losses.forget()
-            total, weight = self._losses.total(rows(batch, slice(i, i + 1)))
-            plain += self._c.whole(total, weight, False, params)(v, 2)
+            plain += self._whole(rows(batch, slice(i, i + 1)))[0](v, 2)
         for mine, right in zip(chain, plain, strict=True):
             if float((mine - right).norm()) > _AGREEMENT[like.dtype] * float(right.norm()) + 1e-30:
                 raise UncoveredError("this model: its chains disagree with plain autograd")

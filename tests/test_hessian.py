@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from samlite import Hessian
-from samlite.hessian import _module
+from samlite.operator import compiled
 
 CE = nn.CrossEntropyLoss()
 
@@ -399,9 +399,8 @@ def test_control_c_stops_a_long_solve() -> None:
     threading.Thread(target=interrupt).start()
     began = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
-        _module().eigenpairs(
-            lambda v: diagonal * v, diagonal, len(diagonal), _module().Options(k=5, tol=1e-12, max_matvecs=10**6)
-        )
+        operator = compiled().Callable(lambda v: diagonal * v, diagonal, len(diagonal))
+        compiled().eigenpairs(operator, compiled().Options(k=5, tol=1e-12, max_matvecs=10**6))
     assert time.perf_counter() - began < 20
 
 
@@ -445,7 +444,7 @@ def test_a_step_of_the_solver_does_not_wait_for_the_device() -> None:
         looks += 1
 
     with Count():
-        found = _module().eigenpairs(h._operator, _module().Options(k=3, tol=1e-6, progress=look))
+        found = compiled().eigenpairs(h._operator, compiled().Options(k=3, tol=1e-6, progress=look))
     # one small eigenproblem a look, and what the certificate reads once
     assert looks < found.matvecs / 2
     assert waits <= looks + 4

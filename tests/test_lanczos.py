@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samlite.hessian import _module
+from samlite.operator import compiled
 
 BULK = 120
 
@@ -24,10 +24,9 @@ def symmetric(spectrum: list[float], size: int = BULK, seed: int = 0) -> tuple[T
 
 
 def solve(matrix: Tensor, which: str = "LA", method: str = "lanczos", **options: Any) -> Any:
-    module = _module()
-    return module.eigenpairs(
-        lambda v: matrix @ v, matrix[0], len(matrix), module.Options(**options), which=which, method=method
-    )
+    module = compiled()
+    operator = module.Callable(lambda v: matrix @ v, matrix[0], len(matrix))
+    return module.eigenpairs(operator, module.Options(**options), which=which, method=method)
 
 
 def numbers(values: list[float]) -> Tensor:
@@ -187,12 +186,12 @@ def test_asking_for_more_than_float32_holds_is_not_called_converged() -> None:
 def test_the_certificate_exposes_a_matrix_that_changes_between_products() -> None:
     matrix, _ = symmetric([50, 30, 20])
     generator = torch.Generator().manual_seed(0)
-    module = _module()
+    module = compiled()
 
     def product(v: Tensor) -> Tensor:
         return matrix @ v + torch.randn(BULK, generator=generator, dtype=torch.float64)
 
-    found = module.eigenpairs(product, matrix[0], BULK, module.Options(k=2, max_matvecs=200))
+    found = module.eigenpairs(module.Callable(product, matrix[0], BULK), module.Options(k=2, max_matvecs=200))
     assert not found.converged
     assert min(found.residuals) > 1  # of order sqrt(BULK), the size of the noise
 
@@ -211,9 +210,9 @@ def test_products_that_are_not_finite_are_an_error(value: float) -> None:
 
 
 def test_an_operator_of_the_wrong_shape_is_an_error() -> None:
-    module = _module()
+    module = compiled()
     with pytest.raises(ValueError, match="the product must be like its vector"):
-        module.eigenpairs(lambda v: v[:-1], torch.ones(5), 5, module.Options())
+        module.eigenpairs(module.Callable(lambda v: v[:-1], torch.ones(5), 5), module.Options())
 
 
 def test_an_error_in_the_operator_keeps_its_type() -> None:
@@ -221,7 +220,7 @@ def test_an_error_in_the_operator_keeps_its_type() -> None:
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        _module().eigenpairs(fail, torch.ones(5), 5, _module().Options())
+        compiled().eigenpairs(compiled().Callable(fail, torch.ones(5), 5), compiled().Options())
 
 
 @pytest.mark.parametrize("which", ["LA", "SA", "LM"])

@@ -45,9 +45,9 @@ def test_another_torch_version_gives_one_line_with_the_command_that_rebuilds() -
     done = run("""
 import torch
 torch.__version__ = "2.99.0"
-from samlite.hessian import _module
+from samlite.operator import compiled
 try:
-    _module()
+    compiled()
 except ImportError as error:
     print(error)
 """)
@@ -84,7 +84,7 @@ def test_the_torch_range_is_the_same_for_building_and_running() -> None:
 
 
 def test_the_stub_names_what_the_compiled_module_has() -> None:
-    from samlite.hessian import _module
+    from samlite.operator import compiled
 
     stub = ast.parse((ROOT / "samlite" / "_C.pyi").read_text())
     for node in stub.body:
@@ -92,9 +92,9 @@ def test_the_stub_names_what_the_compiled_module_has() -> None:
             members = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
             members |= {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}  # type: ignore[union-attr]
             members |= {item.targets[0].id for item in node.body if isinstance(item, ast.Assign)}  # type: ignore[attr-defined]
-            actual = {name for name in vars(getattr(_module(), node.name)) if not name.startswith("_")}
+            actual = {name for name in vars(getattr(compiled(), node.name)) if not name.startswith("_")}
             if any(ast.unparse(base) == "Enum" for base in node.bases):
                 actual -= {"name", "value"}
             assert {name for name in members if not name.startswith("_")} == actual, node.name
         elif isinstance(node, ast.FunctionDef):
-            assert callable(getattr(_module(), node.name))
+            assert callable(getattr(compiled(), node.name))

@@ -1,0 +1,20 @@
+// A symmetric matrix that only multiplies.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <vector>
+
+namespace samlite {
+
+using at::Tensor;
+
+class Operator {
+ public:
+  virtual ~Operator() = default;
+  virtual Tensor apply(const Tensor& v) = 0;  // (p,) -> (p,)
+  virtual const Tensor& like() const = 0;     // any tensor with the type and device of the vectors
+  virtual int64_t numel() const = 0;          // p
+};
+
+}  // namespace samlite

@@ -1,0 +1,126 @@
+#include "quadrature.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace samlite {
+
+namespace {
+
+constexpr int64_t kFirstLook = 12;  // probes before the first standard error
+
+// Random signs, drawn on the host, so that a seed means the same probe on every device.
+Tensor random_signs(int64_t p, at::Generator generator, const at::TensorOptions& options) {
+  return at::randint(0, 2, {p}, std::move(generator), at::TensorOptions(at::kFloat)).mul_(2).sub_(1).to(options);
+}
+
+// What makes mean +- 1.96 errors an interval of 95 % with few samples: Student's quantile over the normal one, by the
+// expansion of Abramowitz and Stegun, 26.7.5.
+double widening(int64_t degrees) {
+  const double z = 1.959964, n = static_cast<double>(degrees);
+  const double first = (std::pow(z, 3) + z) / 4, second = (5 * std::pow(z, 5) + 16 * std::pow(z, 3) + 3 * z) / 96;
+  return (z + first / n + second / (n * n)) / z;
+}
+
+// z^T H^j z for j = 1 .. order: (order,) float64 on the device, from order/2 products. The vectors are scaled to 1, as
+// powers of a small Hessian reach denormal numbers.
+Tensor power_samples(CountedMatVec& apply, const Tensor& z, int64_t order) {
+  std::vector<Tensor> samples;
+  Tensor u = z, size = at::ones({}, z.options().dtype(at::kDouble));
+  for (int64_t j = 1; j <= order; j += 2) {
+    Tensor next = apply(u);
+    samples.push_back(u.dot(next) * size * size);
+    const Tensor norm = at::linalg_vector_norm(next);
+    size = size * norm;
+    samples.push_back(size * size);
+    u = next.div_(at::where(norm > 0, norm, 1));
+  }
+  samples.resize(order);
+  return at::stack(samples).to(at::kDouble);
+}
+
+}  // namespace
+
+Krylov krylov(CountedMatVec& apply, const Tensor& start, int64_t steps) {
+  const int64_t p = start.numel();
+  steps = std::min(steps, p);
+  Tensor V = at::empty({steps, p}, start.options());
+  Tensor alpha = at::zeros({steps}, start.options().dtype(at::kDouble)), beta = at::zeros_like(alpha);
+  Tensor q = start / at::linalg_vector_norm(start);
+  for (int64_t j = 0; j < steps; ++j) {
+    V[j].copy_(q);
+    const Tensor B = V.narrow(0, 0, j + 1);
+    Tensor w = apply(V[j]);
+    alpha[j].copy_(w.dot(V[j]));
+    for (int64_t pass = 0; pass < 2; ++pass) w = at::addmv(w, B.t(), B.mv(w), 1, -1);
+    const Tensor norm = at::linalg_vector_norm(w);
+    beta[j].copy_(norm);
+    q = w / norm;
+  }
+  const Tensor host = at::stack({alpha, beta}).to(at::kCPU);
+  const auto scalar = host.accessor<double, 2>();
+  // Behind the first breakdown (what is left of H v is rounding) nothing belongs to the space any more.
+  double norm = 0, last = 0;
+  int64_t size = 0;
+  do {
+    norm = std::max(norm, std::abs(scalar[0][size]) + std::abs(scalar[1][size]));
+    check_finite(norm, apply.count());
+    last = scalar[1][size] > 10 * epsilon(start) * norm ? scalar[1][size] : 0;
+  } while (++size < steps && last > 0);
+  Tensor T = at::zeros({size, size}, at::kDouble);
+  T.diagonal().copy_(host[0].narrow(0, 0, size));
+  T.diagonal(1).copy_(host[1].narrow(0, 0, size - 1));
+  T.diagonal(-1).copy_(host[1].narrow(0, 0, size - 1));
+  return {V.narrow(0, 0, size), T, size < p ? last : 0};
+}
+
+Traces power_traces(MatVec multiply, const Tensor& like, int64_t p, int64_t order, int64_t watched,
+                    const ProbeOptions& options) {
+  CountedMatVec apply(std::move(multiply), options.max_matvecs);
+  auto generator = at::detail::createCPUGenerator(options.seed);
+  const Tensor exponents = at::arange(1, order + 1, at::kDouble).unsqueeze(1);  // (order, 1)
+  Krylov space{at::empty({0, p}, like.options()), at::empty({0, 0}, at::kDouble)};
+  if (options.deflation > 0) space = krylov(apply, random_vector(p, generator, like.options()), options.deflation);
+  const auto [theta, S] = at::linalg_eigh(space.T);
+  const Tensor powers = theta.unsqueeze(0).pow(exponents);  // (order, m)
+  const Tensor known = powers.sum(1);
+  const Tensor X = S.t().to(like.options()).contiguous();
+
+  Traces result;
+  std::vector<Tensor> samples, coordinates;
+  for (int64_t look = kFirstLook;; look += std::max<int64_t>(1, look / 8)) {
+    while (result.probes < look && !(apply.exhausted() && result.probes > 1)) {
+      const Tensor z = random_signs(p, generator, like.options());
+      samples.push_back(power_samples(apply, z, order));
+      coordinates.push_back(X.mv(space.V.mv(z)));
+      ++result.probes;
+    }
+    const Tensor squares = at::stack(coordinates).to(at::kCPU, at::kDouble).square();
+    const Tensor rest = at::stack(samples).to(at::kCPU) - squares.mm(powers.t());  // (probes, order)
+    const Tensor values = known + rest.mean(0);
+    const double factor = widening(result.probes - 1) / std::sqrt(static_cast<double>(result.probes));
+    const Tensor errors = rest.std(0).mul_(factor);
+    result.values.assign(values.const_data_ptr<double>(), values.const_data_ptr<double>() + order);
+    result.errors.assign(errors.const_data_ptr<double>(), errors.const_data_ptr<double>() + order);
+    double worst = 0;
+    for (int64_t j = watched - 1; j < order; ++j) {
+      check_finite(result.values[j] + result.errors[j], apply.count());
+      // Rounding is all that is left of a matrix that the Lanczos run spans, or of zero.
+      const double allowed = options.tol * std::abs(result.values[j]);
+      if (result.errors[j] > 0) worst = std::max(worst, result.errors[j] / allowed);
+    }
+    result.matvecs = apply.count();
+    result.converged = worst <= 1;
+    if (options.progress) options.progress(apply.count(), worst);
+    if (result.converged || apply.exhausted()) return result;
+  }
+}
+
+Measure spectral_measure(MatVec multiply, const Tensor& start, int64_t steps) {
+  CountedMatVec apply(std::move(multiply), steps);
+  const Krylov space = krylov(apply, start, steps);
+  const auto [nodes, S] = at::linalg_eigh(space.T);
+  return {nodes, S[0].square(), S[-1].abs().mul(space.beta), apply.count()};
+}
+
+}  // namespace samlite

@@ -1,0 +1,84 @@
+"""Which matrix the curvature of a batch is: the Hessian of its loss, or the Gauss-Newton part of that.
+
+G = J^T (d2 loss / d outputs2) J, with J the Jacobian of the model's outputs by the parameters, leaves out how the
+network itself bends. It is positive semidefinite for losses that are convex in the outputs, such as cross-entropy and
+squared error. The outputs are what ``model(...)`` returns when `loss_fn` calls it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from samlite.losses import Losses, mapped
+
+Kind = Literal["hessian", "ggn"]
+
+
+class Cut:
+    """The outputs of a model during a forward pass, each replaced by a leaf that the loss is computed from."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+        self.leaves: list[Tensor] = []
+
+    @contextmanager
+    def of(self, model: nn.Module) -> Iterator[None]:
+        """Cut the outputs of every call of the model inside."""
+        handle = model.register_forward_hook(lambda module, inputs, output: self._replaced(output))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _replaced(self, output: Any) -> Any:
+        if isinstance(output, dict) and type(output) is not dict:  # a container of its own, with attributes
+            output = copy.copy(output)
+            for key, value in output.items():
+                output[key] = self._replaced(value)
+            return output
+        return mapped(self._leaf, output)
+
+    def _leaf(self, part: Any) -> Any:
+        if not isinstance(part, Tensor) or not part.requires_grad:
+            return part
+        self.outputs.append(part)
+        self.leaves.append(part.detach().requires_grad_())
+        return self.leaves[-1]
+
+
+class Curves:
+    """Evaluates batches to the graphs that `samlite._C` differentiates."""
+
+    def __init__(self, module: ModuleType, losses: Losses, kind: Kind) -> None:
+        self._c, self.losses, self.kind = module, losses, kind
+
+    def total(
+        self, batch: Any, capture: AbstractContextManager[Any] | None = None
+    ) -> tuple[Tensor, float, list[Tensor], list[Tensor]]:
+        """(Sum of losses, weight, outputs, their leaves); no outputs for the Hessian."""
+        if self.kind == "hessian":
+            return *self.losses.total(batch, capture), [], []
+        cut = Cut()
+        with cut.of(self.losses.model):
+            total, weight = self.losses.total(batch, capture)
+        if not cut.outputs and torch.is_grad_enabled():
+            raise ValueError(
+                "curvature='ggn' needs a loss_fn that calls model(...), whose outputs depend on the parameters; "
+                "got none, use curvature='hessian'"
+            )
+        return total, weight, cut.outputs, cut.leaves
+
+    def whole(self, batch: Any) -> tuple[Any, Tensor, float]:
+        """(Graph, sum of losses, weight) of a batch as one."""
+        total, weight, outputs, leaves = self.total(batch)
+        params = self.losses.parameters
+        if self.kind == "hessian":
+            return self._c.gradient(total, params), total.detach(), weight
+        return self._c.gauss_newton(total, outputs, leaves, params), total.detach(), weight

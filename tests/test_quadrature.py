@@ -1,0 +1,153 @@
+"""Traces and densities against known matrices, and how often their intervals cover the truth."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from samlite import Hessian
+from samlite.operator import Operator, compiled
+
+P = 120
+REPETITIONS = 200
+
+
+class Known(Operator):
+    """A matrix as an operator."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix, self.names, self.memory = matrix, ["w"], 2**30
+        self.params = [nn.Parameter(torch.zeros(len(matrix), dtype=matrix.dtype))]
+
+    def _products(self) -> Any:
+        from contextlib import nullcontext
+
+        like = self.matrix[0]
+        return nullcontext(compiled().Callable(lambda v: self.matrix @ v, like, len(like)))
+
+    def _gradient_seconds(self) -> float:
+        return 1.0
+
+
+def rotated(spectrum: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    q, _ = torch.linalg.qr(torch.randn(len(spectrum), len(spectrum), generator=generator, dtype=torch.float64))
+    matrix = (q * spectrum) @ q.T
+    return (matrix + matrix.T) / 2
+
+
+SPECTRA = {
+    "outliers": torch.cat([torch.linspace(20, 5, 9), torch.linspace(1, 0, P - 9).square()]).double(),
+    "indefinite": torch.cat([torch.linspace(9, 2, 6), torch.linspace(1, -0.6, P - 6)]).double(),
+    "heavy tail": (1 / torch.arange(1, P + 1)).double(),
+}
+KNOWN = {name: Known(rotated(spectrum)) for name, spectrum in SPECTRA.items()}
+
+
+def estimates(operator: Operator, what: str, **options: Any) -> tuple[Tensor, Tensor, int]:
+    found = getattr(operator, what)(**options)
+    values, errors = (torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in (found.value, found.stderr))
+    return values, errors, found.matvecs
+
+
+@pytest.mark.parametrize("method", ["deflated", "hutchinson"])
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("what", ["trace", "frobenius", "spectral_moments"])
+def test_intervals_cover_the_truth_as_often_as_they_say(name: str, what: str, method: str) -> None:
+    spectrum = SPECTRA[name]
+    truth = {
+        "trace": spectrum.sum().reshape(1),
+        "frobenius": spectrum.norm().reshape(1),
+        "spectral_moments": torch.stack([(spectrum**j).mean() for j in range(1, 5)]),
+    }[what]
+    covered = torch.zeros(len(truth))
+    for seed in range(REPETITIONS):
+        values, errors, _ = estimates(KNOWN[name], what, method=method, seed=seed, tol=0.1)
+        covered += (values - truth).abs() <= 1.96 * errors
+    assert (covered / REPETITIONS >= 0.92).all() and (covered / REPETITIONS <= 0.98).all(), covered / REPETITIONS
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_estimates_stop_on_their_standard_error_and_deflation_saves_products(name: str) -> None:
+    spent = {}
+    for method in ("deflated", "hutchinson"):
+        values, errors, spent[method] = estimates(KNOWN[name], "trace", method=method, tol=0.02, max_matvecs=10**5)
+        assert (errors <= 0.02 * values.abs()).all()
+    assert spent["deflated"] < spent["hutchinson"]
+
+
+def test_products_that_run_out_are_said_and_a_wide_interval_remains() -> None:
+    found = KNOWN["outliers"].trace(tol=1e-4, max_matvecs=60)
+    assert not found.converged and found.matvecs <= 60
+    assert abs(found.value - float(SPECTRA["outliers"].sum())) <= 4 * found.stderr
+
+
+@pytest.mark.parametrize("method", ["deflated", "hutchinson"])
+def test_zero_and_tiny_matrices(method: Any) -> None:
+    zero = Known(torch.zeros(30, 30, dtype=torch.float64))
+    assert zero.trace(method=method).value == 0 and zero.frobenius(method=method).value == 0
+    tiny = Known(rotated(SPECTRA["heavy tail"] * 1e-30).float())
+    right = float((SPECTRA["heavy tail"] ** 2).sum().sqrt()) * 1e-30
+    assert tiny.frobenius(method=method).value == pytest.approx(right, rel=0.3)
+
+
+def test_a_space_that_spans_the_matrix_gives_it_exactly() -> None:
+    small = Known(rotated(torch.linspace(-1, 2, 15, dtype=torch.float64)))
+    found = small.trace()
+    assert found.value == pytest.approx(7.5, rel=1e-10) and found.stderr < 1e-10
+
+
+def smoothed(spectrum: Tensor, grid: Tensor, width: float) -> Tensor:
+    normal = torch.exp(-0.5 * ((grid[:, None] - spectrum) / width) ** 2) / (width * math.sqrt(2 * math.pi))
+    return normal.mean(1)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_density_is_that_of_the_smoothed_spectrum_within_its_standard_error(name: str) -> None:
+    covered = []
+    for seed in range(20):
+        found = KNOWN[name].density(seed=seed, steps=60, width=0.02 * float(SPECTRA[name].max()))
+        assert found.converged
+        right = smoothed(SPECTRA[name], found.grid, found.width)
+        inside = (found.density - right).abs() <= 1.96 * found.stderr + 1e-3 * right.max()
+        covered.append(inside.double().mean())
+        assert torch.trapezoid(found.density, found.grid) == pytest.approx(1, abs=0.01)
+    assert torch.stack(covered).mean() >= 0.92
+
+
+def test_density_weights_are_those_of_a_quadrature_rule() -> None:
+    found = KNOWN["indefinite"].density(steps=40, tol=0.2)
+    assert torch.allclose(found.weights.sum(1), torch.ones(found.probes, dtype=torch.float64))
+    moment = (found.weights * found.nodes**2).sum(1)
+    right = (SPECTRA["indefinite"] ** 2).mean()
+    assert abs(moment.mean() - right) <= 4 * moment.std() / math.sqrt(found.probes)
+
+
+def test_a_model_is_measured_like_its_dense_hessian() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(40, 4, dtype=torch.float64), torch.randint(0, 3, (40,))
+    hessian = Hessian(model, nn.CrossEntropyLoss(), (x, y))
+    dense = hessian @ torch.eye(hessian.shape[0], dtype=torch.float64)
+    trace, norm = hessian.trace(), hessian.frobenius()
+    assert abs(trace.value - float(dense.trace())) <= 4 * trace.stderr
+    assert abs(norm.value - float(dense.norm())) <= 4 * norm.stderr
+    assert trace.gradient_evaluations > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda h: h.trace(tol=0), "tol must be between 0 and 1, got 0"),
+        (lambda h: h.trace(method="xtrace"), "method must be 'deflated' or 'hutchinson', got 'xtrace'"),
+        (lambda h: h.frobenius(tol=-1), "tol must be between 0 and 1, got -1"),
+        (lambda h: h.spectral_moments(0), "order must be between 1 and 20, got 0"),
+        (lambda h: h.density(steps=1), "steps must be >= 2, got 1"),
+        (lambda h: h.density(width=0), "width must be > 0, got 0"),
+    ],
+)
+def test_bad_arguments_get_one_clear_line(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(KNOWN["outliers"])
