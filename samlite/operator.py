@@ -256,6 +256,7 @@ class Operator:
         nodes, weights, matvecs = torch.zeros(0, steps), torch.zeros(0, steps), 0
         began = time.perf_counter()
         with self._products() as operator:
+            look = 3
             while True:
                 signs = torch.randint(0, 2, (p,), generator=generator) * 2.0 - 1
                 found = compiled().spectral_measure(operator, signs.to(self.params[0]), steps)
@@ -264,18 +265,19 @@ class Operator:
                     torch.cat([rows.double(), nn.functional.pad(row, (0, steps - len(row)))[None]])
                     for rows, row in ((nodes, found.nodes), (weights, found.weights))
                 )
+                probes, exhausted = len(nodes), len(nodes) >= 3 and matvecs + steps > max_matvecs
+                if probes < look and not exhausted:
+                    continue
+                look += max(1, look // 4)
                 grid, curves, sigma = _smoothed(nodes, weights, width, points)
-                probes = len(nodes)
-                mean = curves.mean(0)
-                stderr = curves.std(0) * _widening(probes) / math.sqrt(probes) if probes > 1 else mean * math.inf
+                mean, stderr = curves.mean(0), curves.std(0) * _widening(probes) / math.sqrt(probes)
                 error = float(stderr.mean() / mean.mean())
                 if progress:
                     progress(matvecs, error / tol)
-                converged = probes >= 3 and error <= tol
-                if converged or (probes >= 3 and matvecs + steps > max_matvecs):
+                if error <= tol or exhausted:
                     break
         work = self._work(time.perf_counter() - began)
-        return Density(grid, mean, stderr, nodes, weights, sigma, probes, converged, matvecs, **work)
+        return Density(grid, mean, stderr, nodes, weights, sigma, probes, error <= tol, matvecs, **work)
 
     def _traces(
         self, order: int, watched: int, tol: float, method: str, seed: int, limit: int, progress: Progress | None

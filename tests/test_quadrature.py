@@ -11,7 +11,6 @@ from samlite import Hessian
 from samlite.operator import Operator, compiled
 
 P = 120
-REPETITIONS = 200
 
 
 class Known(Operator):
@@ -52,10 +51,19 @@ def estimates(operator: Operator, what: str, **options: Any) -> tuple[Tensor, Te
     return values, errors, found.matvecs
 
 
-@pytest.mark.parametrize("method", ["deflated", "hutchinson"])
 @pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize("what", ["trace", "frobenius", "spectral_moments"])
-def test_intervals_cover_the_truth_as_often_as_they_say(name: str, what: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "method", "repetitions"),
+    [
+        ("trace", "deflated", 200),
+        ("frobenius", "deflated", 200),
+        ("spectral_moments", "deflated", 200),
+        ("trace", "hutchinson", 200),
+        ("frobenius", "hutchinson", 200),
+        pytest.param("spectral_moments", "hutchinson", 1000, marks=pytest.mark.slow),
+    ],
+)
+def test_intervals_cover_the_truth_as_often_as_they_say(name: str, what: str, method: str, repetitions: int) -> None:
     spectrum = SPECTRA[name]
     truth = {
         "trace": spectrum.sum().reshape(1),
@@ -63,10 +71,11 @@ def test_intervals_cover_the_truth_as_often_as_they_say(name: str, what: str, me
         "spectral_moments": torch.stack([(spectrum**j).mean() for j in range(1, 5)]),
     }[what]
     covered = torch.zeros(len(truth))
-    for seed in range(REPETITIONS):
+    for seed in range(repetitions):
         values, errors, _ = estimates(KNOWN[name], what, method=method, seed=seed, tol=0.1)
         covered += (values - truth).abs() <= 1.96 * errors
-    assert (covered / REPETITIONS >= 0.92).all() and (covered / REPETITIONS <= 0.98).all(), covered / REPETITIONS
+    covered /= repetitions
+    assert ((0.92 <= covered) & (covered <= 0.98)).all(), covered
 
 
 @pytest.mark.parametrize("name", SPECTRA)
@@ -118,7 +127,7 @@ def test_the_density_is_that_of_the_smoothed_spectrum_within_its_standard_error(
 
 
 def test_density_weights_are_those_of_a_quadrature_rule() -> None:
-    found = KNOWN["indefinite"].density(steps=40, tol=0.2)
+    found = KNOWN["indefinite"].density(steps=40, tol=0.01)
     assert torch.allclose(found.weights.sum(1), torch.ones(found.probes, dtype=torch.float64))
     moment = (found.weights * found.nodes**2).sum(1)
     right = (SPECTRA["indefinite"] ** 2).mean()
