@@ -103,7 +103,7 @@ std::vector<Chain::Dots> Chain::step(const std::vector<Direction>& direction) co
   std::vector<Edge> edges;
   for (const auto& site : sites_) {
     Tensor at_delta, at_a;
-    const bool wants_a = site->eta_.defined() && !outputs_;  // a Gauss-Newton matrix has no derivative of a
+    const bool wants_a = site->eta_.defined();
     for (const auto& use : site->uses_) {
       const auto& [shared, whole, left, right] = direction[use.param];
       const Tensor &a = site->a_first_, &delta = site->delta_first_;

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from samlite.moments import Moments
     from samlite.operator import Density, Eigenvalues, Estimate
     from samlite.sam import SAM
+    from samlite.stability import Stability
 
 __version__ = "0.1.0"
-__all__ = ["SAM", "Density", "Eigenvalues", "Estimate", "Hessian", "Moments", "__version__"]
+__all__ = ["SAM", "Density", "Eigenvalues", "Estimate", "Hessian", "Moments", "Stability", "__version__"]
 
 _HOME = {
     "SAM": "samlite.sam",
@@ -22,6 +23,7 @@ _HOME = {
     "Density": "samlite.operator",
     "Eigenvalues": "samlite.operator",
     "Estimate": "samlite.operator",
+    "Stability": "samlite.stability",
 }
 
 

@@ -42,10 +42,12 @@ class Capture(TorchFunctionMode):
     Args:
         params: the measured parameters; they must not require a gradient during the pass.
         plan: where the samples are, as `find_plan` gives it; None only records `probes`.
+        taps: whether the derivatives of inputs will be wanted; Gauss-Newton matrices have none.
     """
 
-    def __init__(self, params: Sequence[Tensor], samples: int, plan: Plan | None = None) -> None:
+    def __init__(self, params: Sequence[Tensor], samples: int, plan: Plan | None = None, taps: bool = True) -> None:
         super().__init__()
+        self.taps = taps
         self.samples = samples
         self.plan = plan
         self.sites: list[Any] = []
@@ -116,7 +118,7 @@ class Capture(TorchFunctionMode):
 
     def tapped(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
         """The input with its tap; without one where it is a constant."""
-        if self.plan is None or not a.requires_grad:
+        if self.plan is None or not self.taps or not a.requires_grad:
             return a, None
         tapped, eta = self._c.tap(a)
         return tapped, eta

@@ -8,6 +8,7 @@ defines it.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ from samlite.curvature import Curves, Kind
 from samlite.losses import PROBE, Data, Loss, Losses, full_precision, is_pair
 from samlite.moments import Moments, Samples, Unit
 from samlite.operator import Operator, Progress, check_steady, compiled, require
+from samlite.stability import Stability, stability
 
 
 class Hessian(Operator):
@@ -111,6 +113,32 @@ class Hessian(Operator):
             gradient_evaluations=seconds / max(self._gradient_seconds(), 1e-9),
             seconds=seconds,
         )
+
+    def stability(
+        self,
+        lr: float,
+        rho: float = 0.0,
+        unit: Unit = "sample",
+        *,
+        tol: float = 1e-3,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Stability:
+        """Whether SGD (rho = 0) or unnormalised SAM stays at this minimum, one sample (or batch) a step.
+
+        Where the loss is not squared error, its Hessian is rarely free of negative eigenvalues: measure with
+        ``curvature="ggn"``.
+
+        Args:
+            tol: error of each eigenvalue, relative to the largest one of its matrix.
+
+        Raises:
+            ValueError: as of `moments`.
+        """
+        require(0 < lr < math.inf, f"lr must be > 0, got {lr}")
+        require(0 <= rho < math.inf, f"rho must be >= 0, got {rho}")
+        require(0 < tol < 1, f"tol must be between 0 and 1, got {tol}")
+        return stability(self, lr, rho, unit, tol, seed, progress)
 
     def moment_operator(self, order: int, unit: Unit = "sample") -> MomentOperator:
         """M_order - H^order, with the interface of this one."""

@@ -88,7 +88,7 @@ class Samples:
 
     def _chain(self, batch: Any, plan: Plan) -> tuple[Any, Tensor, float]:
         count = samples(batch)
-        capture = Capture(self._losses.parameters, count, plan)
+        capture = Capture(self._losses.parameters, count, plan, taps=self._curves.kind == "hessian")
         total, weight, outputs, leaves = self._curves.total(batch, capture)
         chain = self._c.chain(total, capture.sites, count, self._losses.parameters, outputs, leaves)
         return chain, total.detach(), weight

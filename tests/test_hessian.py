@@ -507,3 +507,30 @@ def test_bad_input_gets_one_line(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
         call()
     assert "\n" not in str(raised.value)
+
+
+def test_gauss_newton_of_a_model_that_returns_a_container_and_of_one_that_is_not_called() -> None:
+    class Output(dict):  # as of transformers: a dictionary with attributes
+        @property
+        def logits(self) -> Tensor:
+            return self["logits"]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp(4, 5, 3)
+
+        def forward(self, x: Tensor) -> Output:
+            return Output(logits=self.inner(x))
+
+    model, x, y = Model(), torch.randn(10, 4), torch.randint(0, 3, (10,))
+    criterion = nn.CrossEntropyLoss()
+    plain = Hessian(model.inner, criterion, (x, y), curvature="ggn")
+    v = torch.randn(plain.shape[0])
+    wrapped = Hessian(model, lambda m, b: criterion(m(b[0]).logits, b[1]), [(x, y)], curvature="ggn")
+    assert torch.allclose(wrapped @ v, plain @ v, atol=1e-6)
+    around = Hessian(model, lambda m, b: criterion(m.inner(b[0]), b[1]), [(x, y)], curvature="ggn")
+    with pytest.raises(ValueError, match="needs a loss_fn that calls model"):
+        around @ v
+    with pytest.raises(ValueError, match="curvature must be 'hessian' or 'ggn', got 'fisher'"):
+        Hessian(model, criterion, (x, y), curvature="fisher")

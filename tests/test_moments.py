@@ -137,6 +137,19 @@ def dense(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Tenso
     return torch.stack(hessians)
 
 
+def dense_gauss_newton(model: nn.Module, x: Tensor) -> Tensor:
+    """(n, p, p) per-sample Gauss-Newton matrices of cross-entropy, from Jacobians and its known Hessian."""
+    params = list(model.parameters())
+    matrices = []
+    for i in range(len(x)):
+        outputs = model(x[i : i + 1])[0]
+        rows = [torch.autograd.grad(z, params, retain_graph=True, materialize_grads=True) for z in outputs]
+        jacobian = torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
+        p = outputs.detach().softmax(0)
+        matrices.append(jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian)
+    return torch.stack(matrices)
+
+
 def moment(hessians: Tensor, order: int) -> Tensor:
     return torch.linalg.matrix_power(hessians, order).mean(0)
 
@@ -157,6 +170,22 @@ def test_products_with_moments_are_those_of_dense_hessians(name):
             power = torch.linalg.matrix_power(hessians.mean(0), order)
             expected = moment(hessians, order) @ v - power @ v
             scale = (moment(hessians, order) @ v).norm()
+            assert (hessian.moment_operator(order) @ v - expected).norm() <= ROUNDING * scale
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_with_gauss_newton_moments_are_those_of_dense_matrices(name):
+    model, x, y = prepared(name)
+    matrices = dense_gauss_newton(model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no fallback
+        hessian = Hessian(model, nn.CrossEntropyLoss(), (x, y), curvature="ggn")
+        v = torch.randn(hessian.shape[0])
+        assert (hessian @ v - matrices.mean(0) @ v).norm() <= ROUNDING * (matrices.mean(0) @ v).norm()
+        for order in range(1, 5):
+            power = torch.linalg.matrix_power(matrices.mean(0), order)
+            expected = moment(matrices, order) @ v - power @ v
+            scale = (moment(matrices, order) @ v).norm()
             assert (hessian.moment_operator(order) @ v - expected).norm() <= ROUNDING * scale
 
 

@@ -1,0 +1,240 @@
+"""Linear stability of SGD and unnormalised SAM at a minimum, from the moments of the per-sample Hessians.
+
+With learning rate eta and radius rho, one sample a step: w <- w - eta G_i w, G_i = H_i + rho H_i^2. The mean square of
+each step is E[(I - eta G_i)^2] = I + eta (eta B - 2 A), with A = mean G_i = M_1 + rho M_2 and
+B = mean G_i^2 = M_2 + 2 rho M_3 + rho^2 M_4 (after Wu, Ma and E, "How SGD selects the global minima", 2018).
+That no eigenvalue exceeds 1 bounds every single step; the exact mean-square threshold lies somewhat higher.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from samlite.losses import full_precision
+from samlite.moments import Unit
+from samlite.operator import Eigenvalues, Operator, Progress, check_steady, compiled
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from samlite.hessian import Hessian
+
+Verdict = Literal["stable", "unstable", "undecided", "not a minimum"]
+
+_STEPS = 200  # of a Krylov space on the range of A: a smaller range is spanned, and its margin exact
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A condition value <= limit that stability implies."""
+
+    value: float
+    limit: float
+
+    @property
+    def slack(self) -> float:
+        """What is left to the limit; negative where the condition fails."""
+        return self.limit - self.value
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Whether a minimum is linearly stable at a learning rate and radius, and up to which learning rate."""
+
+    verdict: Verdict
+    value: float  # lambda_max of E[(I - lr G_i)^2]: 1 or a little more where the minimum has flat directions
+    margin: float  # lambda_max of lr B - 2 A on the range of A: negative where stable
+    error: float  # of the margin
+    max_lr: float  # 2 / lambda_max of B x = mu A x on the range of A; nan where it is not a minimum
+    max_lr_error: float
+    bounds: dict[str, Bound]  # necessary conditions by their formula; the first always, the others where M_k >= H^k
+    lr: float
+    rho: float
+    unit: str
+    fallback: str | None  # the operation for which samples were measured one at a time
+    converged: bool
+    matvecs: int  # products with A, B and their mixtures, with H and with M_k - H^k
+    gradient_evaluations: float
+    seconds: float
+
+
+class MixtureOperator(Operator):
+    """c_0 I + c_1 M_1 + c_2 M_2 + ... of a model's present weights."""
+
+    def __init__(self, hessian: Hessian, coefficients: Sequence[float], unit: Unit) -> None:
+        self.names, self.params, self.memory = hessian.names, hessian.params, hessian.memory
+        self._hessian, self._coefficients, self._unit = hessian, list(coefficients), unit
+
+    @contextmanager
+    def _mixed(self) -> Iterator[Any]:
+        moments = self._hessian._samples(self._unit).operator
+        with full_precision():
+            yield compiled().Mixture(moments, self._coefficients)
+        check_steady(moments)
+
+    def _products(self) -> AbstractContextManager[Any]:
+        return self._mixed()
+
+    def _gradient_seconds(self) -> float:
+        return self._hessian.moment_operator(1, self._unit)._gradient_seconds()
+
+
+class Analysis:
+    """The eigenproblems behind a verdict, and what they cost."""
+
+    def __init__(
+        self, hessian: Hessian, rho: float, unit: Unit, tol: float, seed: int, progress: Progress | None
+    ) -> None:
+        self.hessian, self.unit, self.tol, self.seed, self.progress = hessian, unit, tol, seed, progress
+        self.first = [0.0, 1.0, rho] if rho else [0.0, 1.0]  # A by its coefficients
+        self.second = [0.0, 0.0, 1.0, 2 * rho, rho**2] if rho else [0.0, 0.0, 1.0]  # B
+        self.matvecs, self.converged = 0, True
+
+    def mixed(self, a: float, b: float, shift: float = 0.0) -> MixtureOperator:
+        """shift I + a A + b B."""
+        parts = [self.first, self.second] if b else [self.first]
+        length = max(map(len, parts))
+        first, second = (part + [0.0] * (length - len(part)) for part in (self.first, self.second[:length]))
+        coefficients = [a * x + b * y for x, y in zip(first, second, strict=True)]
+        return MixtureOperator(self.hessian, [shift, *coefficients[1:]], self.unit)
+
+    def quotients(self, v: Tensor) -> tuple[float, float]:
+        """(v^T A v, v^T B v)."""
+        self.matvecs += 2
+        return float(v.dot(self.mixed(1, 0) @ v)), float(v.dot(self.mixed(0, 1) @ v))
+
+    def largest(self, a: float, b: float, scale: float, start: Tensor | None = None) -> tuple[float, float, Tensor]:
+        """The largest eigenvalue of a A + b B, its error (about tol * scale) and its vector."""
+        found = self.mixed(a, b, scale).eigenvalues(
+            1, tol=self.tol, start=start, vectors=True, seed=self.seed, progress=self.progress
+        )
+        self.count(found)
+        assert found.vectors is not None
+        return float(found.values[0]) - scale, float(found.errors[0]), found.vectors[:, 0]
+
+    def count(self, found: Eigenvalues) -> None:
+        """Take a solve into the account."""
+        self.matvecs += found.matvecs
+        self.converged &= found.converged
+
+    def pencil(self, v: Tensor) -> tuple[float, float]:
+        """The largest mu of B x = mu A x and its error, by Newton's method from below (Dinkelbach, 1967).
+
+        The largest eigenvalue of B - mu A is convex in mu, positive below the wanted one and zero there.
+        """
+        a, b = self.quotients(v)
+        mu = b / a
+        while True:
+            scale = mu * a
+            excess, error, v = self.largest(-mu, 1, scale, start=v)
+            if excess <= 2 * self.tol * scale or not self.converged:
+                return mu, (max(excess, 0.0) + error) / a
+            a, b = self.quotients(v)
+            mu = b / a
+
+    def on_range(self, lr: float, scale: float) -> tuple[float, float]:
+        """The largest eigenvalue of lr B - 2 A on the range of A, and its error, where none is positive.
+
+        A Krylov space that starts in the range stays there but for rounding, whose values near zero are left out.
+        Where it does not span the range, the value is a lower bound, and zero the upper one.
+        """
+        p = self.hessian.shape[0]
+        like = self.hessian.params[0]
+        start = torch.randn(p, generator=torch.Generator().manual_seed(self.seed)).to(like.device, like.dtype)
+        start = self.mixed(1, 0) @ start
+        steps = max(1, min(_STEPS, p, self.hessian.memory // (p * like.element_size())))
+        with self.mixed(-2, lr)._products() as operator:
+            found = compiled().spectral_measure(operator, start, steps)
+        self.matvecs += found.matvecs + 1
+        rounding = 100 * torch.finfo(like.dtype).eps * scale
+        real = found.nodes < -rounding
+        if not real.any():
+            return 0.0, rounding
+        margin = float(found.nodes[real].max())
+        spanned = float(found.residuals.max()) == 0
+        return margin, rounding if spanned else abs(margin)
+
+
+def stability(
+    hessian: Hessian, lr: float, rho: float, unit: Unit, tol: float, seed: int, progress: Progress | None
+) -> Stability:
+    """See `Hessian.stability`."""
+    began = time.perf_counter()
+    analysis = Analysis(hessian, rho, unit, tol, seed, progress)
+    top = analysis.mixed(1, 0).eigenvalues(1, tol=tol, vectors=True, seed=seed, progress=progress)
+    analysis.count(top)
+    assert top.vectors is not None
+    scale = float(top.values[0])
+    if scale > 0:
+        opposite, opposite_error, _ = analysis.largest(-1, 0, scale)
+        full, error, _ = analysis.largest(-2, lr, 2 * scale)
+        convex = opposite <= opposite_error
+        margin = full
+        if convex and full <= error:
+            margin, error = analysis.on_range(lr, 2 * scale)
+        mu, mu_error = analysis.pencil(top.vectors[:, 0]) if convex else (math.nan, math.nan)
+        max_lr, max_lr_error = 2 / mu, 2 / mu * mu_error / mu
+    else:  # no curvature at all moves nothing; none but negative curvature is no minimum
+        convex = scale >= -float(top.errors[0])
+        full = margin = 0.0
+        error, max_lr, max_lr_error = 0.0, math.inf if convex else math.nan, 0.0
+    bounds = _bounds(analysis, lr, rho)
+    seconds = time.perf_counter() - began
+    return Stability(
+        _verdict(convex, lr, margin, error, max_lr, max_lr_error),
+        1 + lr * max(full, margin),
+        margin,
+        error,
+        max_lr,
+        max_lr_error,
+        bounds,
+        lr,
+        rho,
+        unit,
+        hessian._samples(unit).fallback,
+        analysis.converged,
+        analysis.matvecs,
+        seconds / max(hessian._gradient_seconds(), 1e-9),
+        seconds,
+    )
+
+
+def _verdict(convex: bool, lr: float, margin: float, error: float, max_lr: float, max_lr_error: float) -> Verdict:
+    """The margin and the largest stable learning rate say the same; either may be the sharper one."""
+    if not convex:
+        return "not a minimum"
+    if margin > error or lr > max_lr + max_lr_error:
+        return "unstable"
+    if margin < -error or lr < max_lr - max_lr_error:
+        return "stable"
+    return "undecided"
+
+
+def _bounds(analysis: Analysis, lr: float, rho: float) -> dict[str, Bound]:
+    """Of the paper: conditions on sharpness and non-uniformity that stability implies."""
+    hessian, unit = analysis.hessian, analysis.unit
+
+    def largest(operator: Operator) -> float:
+        found = operator.eigenvalues(1, tol=analysis.tol, seed=analysis.seed, progress=analysis.progress)
+        analysis.count(found)
+        return float(found.values[0])
+
+    a = largest(hessian)
+    bounds = {"a (1 + rho a) <= 2 / lr": Bound(a * (1 + rho * a), 2 / lr)}
+    if lr > 2 * rho:
+        power = largest(hessian.moment_operator(2, unit))
+        bounds["s_2^2 <= 1 / (lr (lr - 2 rho))"] = Bound(power, 1 / (lr * (lr - 2 * rho)))
+        if rho:
+            power = largest(hessian.moment_operator(3, unit))
+            bounds["s_3^3 <= 1 / (2 lr^2 rho)"] = Bound(power, 1 / (2 * lr**2 * rho))
+            power = largest(hessian.moment_operator(4, unit))
+            bounds["s_4^4 <= 1 / (lr^2 rho^2)"] = Bound(power, 1 / (lr * rho) ** 2)
+    return bounds
