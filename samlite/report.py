@@ -77,9 +77,7 @@ def summarize(folder: Path | str) -> Report:
     folder = Path(folder)
     cells = read(folder)
     results = {
-        cell: read_json(folder / cell.name / "result.json")
-        for cell in cells
-        if finished(folder / cell.name, cell, measure=False)
+        cell: read_json(folder / cell.name / "result.json") for cell in cells if finished(folder / cell.name, cell)
     }
     if not results:
         raise ValueError(f"{folder} must hold a finished run; repeat its sweep")
