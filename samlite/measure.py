@@ -100,15 +100,17 @@ def measure_run(folder: Path, moments: bool = False, progress: Progress | None =
 
     Both are kept in its ``sharpness.json``, converged or not.
     """
-    subject = run_subject(folder)
-    hessian = subject.hessian()
     path = folder / "sharpness.json"
+    subject = run_subject(folder)
     if measured(folder, ["eigenvalues"]):
         record = read_json(path)  # with more eigenvalues, perhaps, than the one that is needed here
     else:
-        record = as_record(subject, hessian.eigenvalues(1, verify=True, progress=progress))
+        record = as_record(subject, subject.hessian().eigenvalues(1, verify=True, progress=progress))
     if moments and not measured(folder, ["moments"]):
-        record["moments"] = moments_record(hessian.moments(progress=progress))
+        # A sample that is fitted well has an output gradient of rounding errors in float32, and so have its powers.
+        dtype = "float32" if any(p.device.type == "mps" for p in subject.model.parameters()) else "float64"
+        found = subject.hessian(dtype).moments(progress=progress)
+        record["moments"] = {**moments_record(found), "dtype": dtype}
     write_json(path, record)
 
 
