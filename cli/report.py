@@ -111,14 +111,14 @@ def _show_minima(found: "Report") -> None:
 def _show_comparisons(found: "Report") -> None:
     names = sorted({name for outcome in _outcomes(found) for name in outcome.comparisons})
     several = len({name for row in found.rows for name, outcome in row.optimizers.items() if outcome.comparisons}) > 1
-    title = "sharpness of SAM's minima over its base's"
-    view = table(title, ">width", *["optimizer"] * several, *names)
+    view = table("", ">width", *["optimizer"] * several, *names)
     for row in found.rows:
         for label, outcome in row.optimizers.items():
             if outcome.comparisons:
                 cells = (_comparison(outcome.comparisons.get(name)) for name in names)
                 view.add_row(str(row.width), *[_label(label, outcome)] * several, *cells)
         view.add_section()
+    stdout.print("sharpness of SAM's minima over its base's", style="bold")  # wider, perhaps, than the table
     stdout.print(view)
     more = ", more alike over the samples (s_k)" if len(names) > 1 else ""
     stdout.print(f"Geometric mean over seeds; below 1: SAM's minima are flatter (a){more}.", style="dim")

@@ -170,7 +170,6 @@ def plot(report: Report, path: Path | str) -> None:
     if not any(outcome.improvement for outcome in outcomes):
         raise ValueError("a figure needs SAM and its base optimizer with the same seed, at one width at least")
     names = sorted({name for outcome in outcomes for name in outcome.geometric})
-    layout: list[Any]
     layout, size = _layout(names)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplot_mosaic(layout)
@@ -180,7 +179,7 @@ def plot(report: Report, path: Path | str) -> None:
     if names:
         panels[names[0]].legend(frameon=False, fontsize=9)
     for panel in panels.values():
-        _label_axes(panel, [row.parameters for row in report.rows])
+        _label_parameters(panel, [row.parameters for row in report.rows])
     seeds = {outcome.metric.n for outcome in outcomes}
     span = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
     note = "bands: 95 % intervals" if max(seeds) > 1 else "no intervals"
@@ -191,7 +190,7 @@ def plot(report: Report, path: Path | str) -> None:
         raise ValueError(f"figure must end in a format such as .png or .pdf, got {path}: {error}") from None
 
 
-def _layout(names: list[str]) -> tuple[list[list[str]], tuple[float, float]]:
+def _layout(names: list[str]) -> tuple[list[Any], tuple[float, float]]:
     """Rows of panels, and the size of the figure in inches: the improvement, and the quantities in two rows."""
     if len(names) < 2:
         return [["improvement", *names]], (5.2 if not names else 8.6, 3.6)
@@ -205,21 +204,25 @@ def _draw_improvement(panel: "Axes", report: Report) -> None:
     panel.axhline(0, color="0.6", linewidth=1, linestyle="--")
     for label, (color, outcomes) in _curves(report).items():
         gains = [(count, outcome.improvement) for count, outcome in outcomes if outcome.improvement]
-        points = [(count, scale * gain.mean, scale * (gain.half_width or 0)) for count, gain in gains]
-        _draw(panel, label, color, [(count, mean, mean - half, mean + half) for count, mean, half in points])
-    unit = "test accuracy (points)" if report.metric == "accuracy" else "test loss (decrease)"
-    panel.set_title(f"improvement by SAM: {unit}", fontsize=10)
+        means = [(count, scale * gain.mean) for count, gain in gains]
+        halves = [(count, gain.mean, gain.half_width) for count, gain in gains if gain.half_width is not None]
+        band = [(count, scale * (mean - half), scale * (mean + half)) for count, mean, half in halves]
+        _draw(panel, label, color, means, band)
+    panel.set_title("improvement by SAM", fontsize=10)
+    panel.set_ylabel("test accuracy (points)" if report.metric == "accuracy" else "test loss (decrease)")
 
 
 def _draw_quantity(panel: "Axes", report: Report, name: str) -> None:
     """Geometric means on two logarithmic axes; none is drawn where a value is 0."""
     panel.set_yscale("log")
     for label, (color, outcomes) in _curves(report).items():
-        means = [(count, outcome.geometric[name]) for count, outcome in outcomes if name in outcome.geometric]
-        points = [(count, g.mean, g.low or g.mean, g.high or g.mean) for count, g in means if g.mean]
-        _draw(panel, label, color, points)
-    meaning = "sharpness a = λ_max" if name == "a" else f"non-uniformity {name}"
-    panel.set_title(meaning, fontsize=10)
+        found = [(count, outcome.geometric[name]) for count, outcome in outcomes if name in outcome.geometric]
+        means = [(count, g.mean) for count, g in found if g.mean is not None]
+        band = [(count, g.low, g.high) for count, g in found if g.low is not None and g.high is not None]
+        _draw(panel, label, color, means, band)
+    _label_values(panel)
+    panel.set_ylabel("geometric mean", fontsize=9)
+    panel.set_title(r"sharpness $a = \lambda_\mathrm{max}$" if name == "a" else f"non-uniformity ${name}$", fontsize=10)
 
 
 def _curves(report: Report) -> dict[str, tuple[str, list[tuple[int, Outcome]]]]:
@@ -231,15 +234,31 @@ def _curves(report: Report) -> dict[str, tuple[str, list[tuple[int, Outcome]]]]:
     }
 
 
-def _draw(panel: "Axes", label: str, color: str, points: list[tuple[int, float, float, float]]) -> None:
-    """A curve through (parameters, mean, low, high), with a band from low to high."""
-    if points:
-        counts, means, lows, highs = zip(*points, strict=True)
-        panel.plot(counts, means, "o-", label=label.upper(), color=color, linewidth=2, markersize=5)
+def _draw(
+    panel: "Axes", label: str, color: str, means: list[tuple[int, float]], band: list[tuple[int, float, float]]
+) -> None:
+    """A curve through (parameters, mean), and a band of (parameters, low, high) where there are intervals."""
+    if means:
+        panel.plot(*zip(*means, strict=True), "o-", label=label.upper(), color=color, linewidth=2, markersize=5)
+    if band:
+        counts, lows, highs = zip(*band, strict=True)
         panel.fill_between(counts, lows, highs, color=color, alpha=0.2, linewidth=0)
 
 
-def _label_axes(panel: "Axes", counts: list[int]) -> None:
+def _label_values(panel: "Axes") -> None:
+    """Ticks at 1, 2 and 5 on a logarithmic axis, only at powers of ten if those are many, evenly if they are few."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+
+    low, high = panel.get_ylim()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    fine = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5) if low <= digit * 10.0**decade <= high]
+    ticks = fine if len(fine) <= 7 else [10.0**decade for decade in decades if low <= 10.0**decade <= high]
+    panel.yaxis.set_major_locator(FixedLocator(ticks) if len(ticks) > 1 else MaxNLocator(4))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _label_parameters(panel: "Axes", counts: list[int]) -> None:
     """Parameters on a logarithmic axis, labelled where the sweep has a width and the labels have room."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -250,6 +269,8 @@ def _label_axes(panel: "Axes", counts: list[int]) -> None:
         if math.log(count / ticks[-1]) >= room:
             ticks.append(count)
     panel.set_xticks(ticks)
+    if len(counts) == 1:
+        panel.set_xlim(counts[0] / 2, counts[0] * 2)
     panel.xaxis.set_major_formatter(FuncFormatter(lambda count, _: count_in_short(count)))
     panel.xaxis.set_minor_formatter(NullFormatter())
     panel.tick_params(axis="x", which="minor", length=0)
