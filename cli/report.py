@@ -10,6 +10,8 @@ from samlite.cli.console import print_json, shortened, stdout, table
 from samlite.cli.options import existing, json_option
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from samlite.report import Comparison, Interval, Outcome, Report
 
 
@@ -110,18 +112,25 @@ def _show_minima(found: "Report") -> None:
 
 def _show_comparisons(found: "Report") -> None:
     names = sorted({name for outcome in _outcomes(found) for name in outcome.comparisons})
+    view = _comparisons(found, names)
+    if stdout.measure(view, options=stdout.options.update(width=1000)).maximum > stdout.width:
+        view = _comparisons(found, names, narrow=True)
+    stdout.print("sharpness of SAM's minima over its base's", style="bold")  # wider, perhaps, than the table
+    stdout.print(view)
+    more = ", more alike over the samples (s_k)" if len(names) > 1 else ""
+    stdout.print(f"Geometric mean over seeds; below 1: SAM's minima are flatter (a){more}.", style="dim")
+
+
+def _comparisons(found: "Report", names: list[str], narrow: bool = False) -> "Table":
     several = len({name for row in found.rows for name, outcome in row.optimizers.items() if outcome.comparisons}) > 1
     view = table("", ">width", *["optimizer"] * several, *names)
     for row in found.rows:
         for label, outcome in row.optimizers.items():
             if outcome.comparisons:
-                cells = (_comparison(outcome.comparisons.get(name)) for name in names)
+                cells = (_comparison(outcome.comparisons.get(name), narrow) for name in names)
                 view.add_row(str(row.width), *[_label(label, outcome)] * several, *cells)
         view.add_section()
-    stdout.print("sharpness of SAM's minima over its base's", style="bold")  # wider, perhaps, than the table
-    stdout.print(view)
-    more = ", more alike over the samples (s_k)" if len(names) > 1 else ""
-    stdout.print(f"Geometric mean over seeds; below 1: SAM's minima are flatter (a){more}.", style="dim")
+    return view
 
 
 def _outcomes(found: "Report") -> "list[Outcome]":
@@ -132,16 +141,18 @@ def _label(name: str, outcome: "Outcome") -> str:
     return name if outcome.rho is None else f"{name} ρ={outcome.rho:g}"
 
 
-def _comparison(found: "Comparison | None") -> str:
-    """A ratio with its interval, and under it the verdict."""
+def _comparison(found: "Comparison | None", narrow: bool) -> str:
+    """A ratio with its interval, under it if that is narrower, and then the verdict."""
     if found is None:
         return "–"
     ratio = found.ratio
     if ratio.mean is None:
-        return f"no ratio: a value is 0\nin {ratio.zeros} of {ratio.n} pairs"
+        return f"no ratio:\n0 in {ratio.zeros} of {ratio.n} pairs"
     if ratio.low is None or ratio.high is None:
         return _digits(ratio.mean)
-    return f"{_digits(ratio.mean)} ({_digits(ratio.low)} to {_digits(ratio.high)})\n{found.verdict}"
+    gap = "\n" if narrow else " "
+    middle, low, high = map(_digits, (ratio.mean, ratio.low, ratio.high))
+    return f"{middle}{gap}({low} to {high})\n{found.verdict}"
 
 
 def _digits(value: float) -> str:
