@@ -176,8 +176,10 @@ def plot(report: Report, path: Path | str) -> None:
     _draw_improvement(panels["improvement"], report)
     for name in names:
         _draw_quantity(panels[name], report, name)
-    if names:
-        panels[names[0]].legend(frameon=False, fontsize=9)
+    if len(_curves(report)) > 1:
+        # where every optimizer is drawn, if some was measured
+        labelled = next(panels[name] for name in (*names, "improvement") if panels[name].get_legend_handles_labels()[1])
+        labelled.legend(frameon=False, fontsize=9)
     for panel in panels.values():
         _label_parameters(panel, [row.parameters for row in report.rows])
     seeds = {outcome.metric.n for outcome in outcomes}

@@ -327,6 +327,14 @@ def test_the_figure_has_one_panel_more_with_eigenvalues_alone(tmp_path: Path, sw
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+def test_a_quantity_that_is_zero_everywhere_leaves_its_panel_empty(tmp_path: Path, sweep: Sweep) -> None:
+    pytest.importorskip("matplotlib")
+    for optimizer in ("sgd", "sam"):
+        sweep.add(0.9, optimizer=optimizer, sharpness=0.0, spread={"2": 0.0, "3": 1.0, "4": 1e-9})
+    plot(summarize(sweep.folder), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize(
     ("count", "text"), [(587, "587"), (2563, "2.6k"), (14307, "14k"), (99841, "100k"), (5366010, "5.4M"), (3e9, "3.0B")]
 )
