@@ -14,6 +14,7 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "sam")  # as in samlite.config, which needs torch
+MEASURES = ("eigenvalues", "moments")  # as in samlite.sweep, likewise
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -45,6 +46,20 @@ def optimizers(context: click.Context, parameter: click.Parameter, value: str) -
             hint = did_you_mean(name, OPTIMIZERS)
             raise click.BadParameter(f"{name!r} is not one of {', '.join(OPTIMIZERS)}{hint}")
     return names
+
+
+def measures(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    """A list such as eigenvalues,moments, or none alone; moments bring eigenvalues with them."""
+    names = value.split(",")
+    if names == ["none"]:
+        return ()
+    for name in names:
+        if name == "none":
+            raise click.BadParameter(f"none must stand alone, got {value!r}")
+        if name not in MEASURES:
+            hint = did_you_mean(name, MEASURES)
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(MEASURES)}, none{hint}")
+    return MEASURES if "moments" in names else ("eigenvalues",)
 
 
 def existing(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:

@@ -10,7 +10,9 @@ from samlite.cli.console import print_json, shortened, stdout, table
 from samlite.cli.options import existing, json_option
 
 if TYPE_CHECKING:
-    from samlite.report import Interval, Report
+    from rich.table import Table
+
+    from samlite.report import Comparison, Interval, Outcome, Report
 
 
 @click.command(short_help="Show a sweep's table, and draw its figure.")
@@ -19,11 +21,12 @@ if TYPE_CHECKING:
     "--figure",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Draw improvement against parameters to this file.",
+    help="Draw improvement, and what was measured, against parameters to this file.",
 )
 @json_option
 def report(folder: Path, figure: Path | None, as_json: bool) -> None:
-    """For each width of a sweep: test metrics, SAM's improvement and sharpness, with 95 % intervals.
+    """For each width of a sweep, with 95 % intervals: test metrics, SAM's improvement, and what was measured
+    of the minima, with the ratio of SAM's to those of its base optimizer.
 
     \b
     Examples:
@@ -50,8 +53,22 @@ def present(folder: Path, as_json: bool, figure: Path | None = None) -> None:
 
 
 def _show(found: "Report") -> None:
+    outcomes = _outcomes(found)
+    _show_metrics(found)
+    if any(outcome.nonuniformity for outcome in outcomes):
+        _show_minima(found)
+    if any(outcome.comparisons for outcome in outcomes):
+        _show_comparisons(found)
+    for note in _notes(found):
+        stdout.print(note, style="dim")
+
+
+def _show_metrics(found: "Report") -> None:
+    """The metrics, and λ_max if that is all that was measured."""
     percent = found.metric == "accuracy"
     scale = 100 if percent else 1
+    alone = not any(outcome.nonuniformity for outcome in _outcomes(found))
+    sharpness = alone and any(outcome.sharpness for outcome in _outcomes(found))
     view = table(
         f"{found.task}: final test {found.metric} by width",
         ">width",
@@ -60,24 +77,87 @@ def _show(found: "Report") -> None:
         ">n",
         f">{found.metric}{' %' if percent else ''}",
         ">improvement",
-        ">λ_max",
+        *[">λ_max"] * sharpness,
     )
     for row in found.rows:
         size = (str(row.width), f"{row.parameters:,}")
         for name, outcome in row.optimizers.items():
             view.add_row(
                 *size,
-                name if outcome.rho is None else f"{name} ρ={outcome.rho:g}",
+                _label(name, outcome),
                 str(outcome.metric.n),
                 _interval(outcome.metric, scale),
                 _interval(outcome.improvement, scale, "+"),
-                _interval(outcome.sharpness),
+                *[_interval(outcome.sharpness)] * sharpness,
             )
             size = ("", "")
         view.add_section()
     stdout.print(view)
-    for note in _notes(found):
-        stdout.print(note, style="dim")
+
+
+def _show_minima(found: "Report") -> None:
+    """The quantities of the minima, in a table of their own as they are wide."""
+    orders = sorted({order for outcome in _outcomes(found) for order in outcome.nonuniformity})
+    columns = (">a = λ_max", *(f">s_{order}" for order in orders))
+    view = table("sharpness a and non-uniformity s_k of the minima", ">width", "optimizer", *columns)
+    for row in found.rows:
+        width = str(row.width)
+        for name, outcome in row.optimizers.items():
+            spread = (_interval(outcome.nonuniformity.get(order)) for order in orders)
+            view.add_row(width, _label(name, outcome), _interval(outcome.sharpness), *spread)
+            width = ""
+        view.add_section()
+    stdout.print(view)
+
+
+def _show_comparisons(found: "Report") -> None:
+    names = sorted({name for outcome in _outcomes(found) for name in outcome.comparisons})
+    view = _comparisons(found, names)
+    if stdout.measure(view, options=stdout.options.update(width=1000)).maximum > stdout.width:
+        view = _comparisons(found, names, narrow=True)
+    stdout.print("sharpness of SAM's minima over its base's", style="bold")  # wider, perhaps, than the table
+    stdout.print(view)
+    more = ", more alike over the samples (s_k)" if len(names) > 1 else ""
+    stdout.print(f"Geometric mean over seeds; below 1: SAM's minima are flatter (a){more}.", style="dim")
+
+
+def _comparisons(found: "Report", names: list[str], narrow: bool = False) -> "Table":
+    several = len({name for row in found.rows for name, outcome in row.optimizers.items() if outcome.comparisons}) > 1
+    view = table("", ">width", *["optimizer"] * several, *names)
+    for row in found.rows:
+        for label, outcome in row.optimizers.items():
+            if outcome.comparisons:
+                cells = (_comparison(outcome.comparisons.get(name), narrow) for name in names)
+                view.add_row(str(row.width), *[_label(label, outcome)] * several, *cells)
+        view.add_section()
+    return view
+
+
+def _outcomes(found: "Report") -> "list[Outcome]":
+    return [outcome for row in found.rows for outcome in row.optimizers.values()]
+
+
+def _label(name: str, outcome: "Outcome") -> str:
+    return name if outcome.rho is None else f"{name} ρ={outcome.rho:g}"
+
+
+def _comparison(found: "Comparison | None", narrow: bool) -> str:
+    """A ratio with its interval, under it if that is narrower, and then the verdict."""
+    if found is None:
+        return "–"
+    ratio = found.ratio
+    if ratio.mean is None:
+        return f"no ratio:\n0 in {ratio.zeros} of {ratio.n} pairs"
+    if ratio.low is None or ratio.high is None:
+        return _digits(ratio.mean)
+    gap = "\n" if narrow else " "
+    middle, low, high = map(_digits, (ratio.mean, ratio.low, ratio.high))
+    return f"{middle}{gap}({low} to {high})\n{found.verdict}"
+
+
+def _digits(value: float) -> str:
+    """Two digits, or all those of a number in the hundreds and thousands."""
+    return f"{value:.0f}" if 99.5 <= value < 1e4 else f"{value:#.2g}".rstrip(".")
 
 
 def _interval(value: "Interval | None", scale: float = 1, sign: str = "") -> str:
@@ -89,11 +169,13 @@ def _interval(value: "Interval | None", scale: float = 1, sign: str = "") -> str
         return f"{middle:{sign}.4g}"
     half *= scale
     digits = max(0, 1 - math.floor(math.log10(half))) if half else 3
+    if digits > 5:
+        return f"{middle:{sign}.2g} ± {half:.2g}"
     return f"{middle:{sign}.{digits}f} ± {half:.{digits}f}"
 
 
 def _notes(found: "Report") -> list[str]:
-    outcomes = [outcome for row in found.rows for outcome in row.optimizers.values()]
+    outcomes = _outcomes(found)
     notes = []
     if any(outcome.metric.half_width is not None for outcome in outcomes):
         notes.append("±: 95 % Student-t interval over seeds.")
@@ -104,7 +186,14 @@ def _notes(found: "Report") -> list[str]:
         notes.append(f"Improvement: of SAM over its base optimizer, paired by seed{better}.")
     if any(outcome.rho is not None and outcome.improvement is None for outcome in outcomes):
         notes.append("SAM has no improvement where its base optimizer was not run with the same seeds.")
-    for names, state in ((found.unfinished, "not finished"), (found.unmeasured, "without a converged λ_max")):
-        if names and (state == "not finished" or any(outcome.sharpness for outcome in outcomes)):
+    verdicts = sum(each.verdict is not None for outcome in outcomes for each in outcome.comparisons.values())
+    if verdicts > 1:
+        notes.append(f"Each of the {verdicts} verdicts on ratios is at 95 % by itself.")
+    for names, state, relevant in (
+        (found.unfinished, "not finished", True),
+        (found.unmeasured, "without a converged λ_max", any(outcome.sharpness for outcome in outcomes)),
+        (found.without_moments, "without converged moments", any(outcome.nonuniformity for outcome in outcomes)),
+    ):
+        if names and relevant:
             notes.append(f"{len(names)} runs {state}: {shortened(names, 4)}.")
     return notes

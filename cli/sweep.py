@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--measure",
-    type=click.Choice(["eigenvalues", "none"]),
+    callback=options.measures,
+    metavar="NAME,...",
     default="eigenvalues",
     show_default=True,
-    help="Measure the sharpness of every minimum.",
+    help="Of every minimum: eigenvalues, moments (of the samples' Hessians), or none.",
 )
 @click.option("--jobs", type=int, help="Runs at once; default as many as the cores allow, or 1 on a GPU.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the sweep; default runs/TASK.")
@@ -48,7 +49,7 @@ def sweep(
     optimizers: tuple[str, ...],
     seeds: int,
     rhos: tuple[float, ...] | None,
-    measure: str,
+    measure: tuple[str, ...],
     jobs: int | None,
     out: Path | None,
     config: Path | None,
@@ -66,8 +67,10 @@ def sweep(
       samlite sweep digits --widths 8,32,128
       samlite sweep digits --widths 32,128 --seeds 5 --rhos 0.05,0.1,0.2 --out runs/rhos
       samlite sweep synthetic --widths 192,1920 --optimizers adam,sam --jobs 4
+      samlite sweep digits --widths 16,64 --measure eigenvalues,moments
 
-    Repeat the command to continue what was stopped and to retry what failed; what is finished is kept.
+    Repeat the command to continue what was stopped and to retry what failed; what is finished is kept,
+    and only what was not measured is measured.
     More widths, seeds, optimizers or rhos extend the same folder. Each run is a folder that the other
     commands take.
     """
@@ -80,14 +83,14 @@ def sweep(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if jobs is None:
         jobs = max(1, cores // cells[0].threads) if cells[0].device == "cpu" else 1
-    failures = _run(folder, cells, measure != "none", jobs)
+    failures = _run(folder, cells, measure, jobs)
     if failures < len(cells):
         present(folder, as_json)
     if failures:
         raise RuntimeError(f"{failures} of {len(cells)} runs failed; repeat the command to retry them")
 
 
-def _run(folder: Path, cells: "list[Config]", measure: bool, jobs: int) -> int:
+def _run(folder: Path, cells: "list[Config]", measure: tuple[str, ...], jobs: int) -> int:
     """Run the sweep with a bar of its cells; return how many failed."""
     from samlite import sweep as sweeps
 

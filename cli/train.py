@@ -9,7 +9,7 @@ import click
 from rich.progress import Progress
 
 from samlite.cli.console import facts, metric, print_json, progress, stdout
-from samlite.cli.options import OPTIMIZERS, json_option, read_recipe, recipe_options, task_argument
+from samlite.cli.options import OPTIMIZERS, json_option, measures, read_recipe, recipe_options, task_argument
 
 if TYPE_CHECKING:
     from samlite.config import Config
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 @click.option("--rho", type=float, help="Radius of SAM's perturbation.")
 @recipe_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the initial weights and the order of batches.")
-@click.option("--measure", type=click.Choice(["eigenvalues"]), help="Measure the sharpness of the minimum, too.")
+@click.option(
+    "--measure",
+    callback=measures,
+    metavar="NAME,...",
+    default="none",
+    show_default=True,
+    help="Of the minimum: eigenvalues, moments (of the samples' Hessians), or none.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; default runs/TASK-OPTIMIZER-wN-sN.")
 @click.option("--resume/--no-resume", default=True, help="Continue what is in the folder, or insist on an empty one.")
 @json_option
@@ -30,7 +37,7 @@ if TYPE_CHECKING:
 def train(
     task: str,
     config: Path | None,
-    measure: str | None,
+    measure: tuple[str, ...],
     out: Path | None,
     resume: bool,
     as_json: bool,
@@ -57,14 +64,15 @@ def train(
     folder = out or Path("runs") / f"{task}-{settings.name}"
     with progress() as bar:
         _train(settings, folder, resume, bar)
-        converged = measure is None or _measure(settings, folder, bar)
+        converged = _measure(settings, folder, measure, bar)
     found = _found(folder)
     if as_json:
         print_json({"folder": str(folder), "config": settings.to_json(), **found})
     else:
         _show(settings, folder, **found)
     if not converged:
-        raise RuntimeError(f"the eigenvalue did not converge; try: samlite sharpness {folder} --tol 1e-2")
+        more = " --moments" if "moments" in measure else ""
+        raise RuntimeError(f"the measurement did not converge; try: samlite sharpness {folder}{more} --tol 1e-2")
 
 
 def _train(settings: "Config", folder: Path, resume: bool, bar: Progress) -> None:
@@ -79,11 +87,11 @@ def _train(settings: "Config", folder: Path, resume: bool, bar: Progress) -> Non
     bar.remove_task(work)
 
 
-def _measure(settings: "Config", folder: Path, bar: Progress) -> bool:
-    """Measure the sharpness of a run where that is not done; return whether it converged."""
-    from samlite.sweep import sharpness
+def _measure(settings: "Config", folder: Path, measure: tuple[str, ...], bar: Progress) -> bool:
+    """Measure what is asked of a run and not done; return whether it converged."""
+    from samlite.sweep import measured
 
-    if sharpness(folder) is not None:
+    if measured(folder, measure):
         return True
     import torch
 
@@ -95,8 +103,8 @@ def _measure(settings: "Config", folder: Path, bar: Progress) -> bool:
     def show(products: int, error: float) -> None:
         bar.update(work, completed=products, description=f"{settings.name}: measuring, Hessian products")
 
-    measure_run(folder, progress=show)
-    return sharpness(folder) is not None
+    measure_run(folder, "moments" in measure, show)
+    return measured(folder, measure)
 
 
 def _found(folder: Path) -> dict[str, Any]:
@@ -124,6 +132,10 @@ def _show(settings: "Config", folder: Path, result: dict[str, Any], sharpness: A
         found = sharpness["eigenvalues"]
         status = "" if found["converged"] else ", not converged"
         view.add_row("sharpness", f"λ_max {found['values'][0]:.6g} ± {found['errors'][0]:.1g}{status}")
+        if moments := sharpness.get("moments"):
+            status = "" if moments["converged"] else ", not converged"
+            values = ", ".join(f"s_{k} {s:.4g}" for k, s in moments["nonuniformity"].items())
+            view.add_row("non-uniformity", values + status)
     view.add_row("folder", str(folder))
     stdout.print(view)
 

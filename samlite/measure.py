@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samlite.checkpoints import load_weights, write_json
+from samlite.checkpoints import load_weights, read_json, write_json
 from samlite.config import usable_device
 from samlite.hessian import Hessian
 from samlite.losses import is_pair
 from samlite.moments import Moments
 from samlite.operator import Eigenvalues, Progress
+from samlite.sweep import measured
 
 SAMPLES = 8192  # measured by default, as sharpness changes little beyond them
 
@@ -95,12 +96,23 @@ def _drawn(pair: tuple[Tensor, Tensor], count: int, seed: int) -> tuple[Tensor, 
     return inputs[rows.to(inputs.device)], targets[rows.to(targets.device)]
 
 
-def measure_run(folder: Path, k: int = 1, progress: Progress | None = None) -> Eigenvalues:
-    """The k largest eigenvalues of a finished run, kept in its ``sharpness.json``."""
+def measure_run(folder: Path, moments: bool = False, progress: Progress | None = None) -> None:
+    """Measure what a finished run lacks of its largest eigenvalue and, if asked, its moments.
+
+    Both are kept in its ``sharpness.json``, converged or not.
+    """
+    path = folder / "sharpness.json"
     subject = run_subject(folder)
-    found = subject.hessian().eigenvalues(k, verify=True, progress=progress)
-    write_json(folder / "sharpness.json", as_record(subject, found))
-    return found
+    if measured(folder, ["eigenvalues"]):
+        record = read_json(path)  # with more eigenvalues, perhaps, than the one that is needed here
+    else:
+        record = as_record(subject, subject.hessian().eigenvalues(1, verify=True, progress=progress))
+    if moments and not measured(folder, ["moments"]):
+        # A sample that is fitted well has an output gradient of rounding errors in float32, and so have its powers.
+        dtype = "float32" if any(p.device.type == "mps" for p in subject.model.parameters()) else "float64"
+        found = subject.hessian(dtype).moments(progress=progress)
+        record["moments"] = {**moments_record(found), "dtype": dtype}
+    write_json(path, record)
 
 
 def as_record(subject: Subject, found: Eigenvalues, which: str = "LA", **settings: Any) -> dict[str, Any]:

@@ -1,23 +1,31 @@
-"""The result of a sweep by width: metrics, SAM's improvement and sharpness, with their intervals.
+"""The result of a sweep by width: metrics, SAM's improvement, and the curvature at the minima, with their intervals.
 
 Intervals are Student's t at 95 % over seeds; one seed gives none. The improvement is the final test
 metric with SAM less that of its base optimizer, paired by seed, with the sign turned where a lower
 metric is better: positive means that SAM is better. Of several rhos the one that is best on validation
 counts, chosen for each width.
+
+The quantities of a minimum are its sharpness a = λ_max(H) and, where measured, the non-uniformity s_2,
+s_3, ... of the samples' Hessians. As they differ by orders of magnitude between runs, SAM is compared
+with its base by their ratio: the geometric mean over pairs of seeds, its interval by Student's t on the
+logarithms. Each interval holds at 95 % by itself; nothing is corrected for how many there are.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from samlite import tasks
 from samlite.checkpoints import read_json
 from samlite.config import Config
-from samlite.sweep import finished, read, sharpness
+from samlite.sweep import finished, nonuniformity, read, sharpness
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,50 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Geometric:
+    """A geometric mean over n seeds and its 95 % interval, None for one seed.
+
+    There is none where a value is not positive, and to leave that one out would flatter the rest.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+    zeros: int  # values that are not positive: an s_k of a negative power is 0
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Geometric | None":
+        sample = list(values)
+        if zeros := sum(value <= 0 for value in sample):
+            return cls(None, None, None, len(sample), zeros)
+        logs = Interval.of(map(math.log, sample))
+        if logs is None:
+            return None
+        half = logs.half_width
+        low, high = (None, None) if half is None else (_exp(logs.mean - half), _exp(logs.mean + half))
+        return cls(_exp(logs.mean), low, high, logs.n, 0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A quantity at SAM's minima over that at its base optimizer's, paired by seed."""
+
+    ratio: Geometric
+    verdict: Literal["smaller", "larger", "not told apart"] | None  # None without an interval
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[float, float]]) -> "Comparison | None":
+        """Of pairs (SAM's value, its base's). A pair in which one is not positive has no ratio."""
+        ratio = Geometric.of(sam / base if min(sam, base) > 0 else 0.0 for sam, base in pairs)
+        if ratio is None:
+            return None
+        if ratio.low is None or ratio.high is None:
+            return cls(ratio, None)
+        return cls(ratio, "smaller" if ratio.high < 1 else "larger" if ratio.low > 1 else "not told apart")
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One optimizer at one width, over its seeds."""
 
@@ -46,8 +98,11 @@ class Outcome:
     best: Interval  # test metric at the epoch that is best on validation
     interpolating: int  # how many of the runs interpolate
     rho: float | None  # SAM's, selected on validation
-    sharpness: Interval | None  # largest Hessian eigenvalue
     improvement: Interval | None  # over the base optimizer, for SAM
+    sharpness: Interval | None  # largest Hessian eigenvalue
+    nonuniformity: dict[str, Interval]  # s_k by its order k
+    geometric: dict[str, Geometric]  # of "a" and "s_k"
+    comparisons: dict[str, Comparison]  # of "a" and "s_k" with those of the base optimizer, for SAM
 
 
 @dataclass(frozen=True)
@@ -66,7 +121,8 @@ class Report:
     higher_is_better: bool
     rows: tuple[Row, ...]
     unfinished: tuple[str, ...]
-    unmeasured: tuple[str, ...]
+    unmeasured: tuple[str, ...]  # without a sharpness that can be trusted
+    without_moments: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,17 +133,15 @@ def summarize(folder: Path | str) -> Report:
     folder = Path(folder)
     cells = read(folder)
     results = {
-        cell: read_json(folder / cell.name / "result.json")
-        for cell in cells
-        if finished(folder / cell.name, cell, measure=False)
+        cell: read_json(folder / cell.name / "result.json") for cell in cells if finished(folder / cell.name, cell)
     }
     if not results:
         raise ValueError(f"{folder} must hold a finished run; repeat its sweep")
     task = tasks.get(cells[0].task)
-    eigenvalues = {cell: sharpness(folder / cell.name) for cell in results}
+    minima = {cell: _quantities(folder / cell.name) for cell in results}
     try:
         rows = [
-            _row(width, {cell: results[cell] for cell in results if cell.width == width}, eigenvalues, task)
+            _row(width, {cell: results[cell] for cell in results if cell.width == width}, minima, task)
             for width in sorted({cell.width for cell in results})
         ]
     except (KeyError, TypeError) as error:
@@ -98,64 +152,132 @@ def summarize(folder: Path | str) -> Report:
         task.higher_is_better,
         tuple(rows),
         tuple(cell.name for cell in cells if cell not in results),
-        tuple(cell.name for cell in results if eigenvalues[cell] is None),
+        tuple(cell.name for cell in results if "a" not in minima[cell]),
+        tuple(cell.name for cell in results if "s_2" not in minima[cell]),
     )
 
 
 def plot(report: Report, path: Path | str) -> None:
-    """Draw SAM's improvement against the number of parameters, with its interval as a band.
+    """Draw SAM's improvement against the number of parameters, and beside it each quantity that was measured.
 
-    The file's suffix decides the format. Raises ValueError where there is nothing to draw.
+    Bands are 95 % intervals. The file's suffix decides the format. Raises ValueError where there is no improvement.
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter
     except ImportError as error:
         raise ImportError("a figure needs matplotlib: pip install 'samlite[plot]'") from error
-    curves: dict[str, list[tuple[int, Interval]]] = defaultdict(list)
-    for row in report.rows:
-        for name, outcome in row.optimizers.items():
-            if outcome.improvement:
-                curves[name].append((row.parameters, outcome.improvement))
-    if not curves:
+    outcomes = [outcome for row in report.rows for outcome in row.optimizers.values()]
+    if not any(outcome.improvement for outcome in outcomes):
         raise ValueError("a figure needs SAM and its base optimizer with the same seed, at one width at least")
-    percent = 100 if report.metric == "accuracy" else 1
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.axhline(0, color="0.6", linewidth=1, linestyle="--")
-    for name, points in curves.items():
-        parameters = [count for count, _ in points]
-        (line,) = axes.plot(
-            parameters, [percent * gain.mean for _, gain in points], "o-", label=name.upper(), linewidth=2
-        )
-        band = [(count, gain.mean, gain.half_width) for count, gain in points if gain.half_width is not None]
-        if band:
-            axes.fill_between(
-                [count for count, _, _ in band],
-                [percent * (middle - half) for _, middle, half in band],
-                [percent * (middle + half) for _, middle, half in band],
-                color=line.get_color(),
-                alpha=0.2,
-                linewidth=0,
-            )
-    axes.set_xscale("log")
-    axes.set_xticks([row.parameters for row in report.rows], minor=False)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: count_in_short(count)))
-    axes.minorticks_off()
-    axes.set_xlabel("parameters")
-    unit = "test accuracy (points)" if report.metric == "accuracy" else "test loss (decrease)"
-    axes.set_ylabel(f"improvement in {unit}")
-    seeds = {gain.n for points in curves.values() for _, gain in points}
-    span = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    note = "mean and 95 % interval" if max(seeds) > 1 else "one seed: no interval"
-    axes.set_title(f"{report.task}: improvement by SAM ({note}, n = {span})", fontsize=10)
-    if len(curves) > 1:
-        axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    names = sorted({name for outcome in outcomes for name in outcome.geometric})
+    layout, size = _layout(names)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplot_mosaic(layout)
+    _draw_improvement(panels["improvement"], report)
+    for name in names:
+        _draw_quantity(panels[name], report, name)
+    if len(_curves(report)) > 1:
+        # where every optimizer is drawn, if some was measured
+        labelled = next(panels[name] for name in (*names, "improvement") if panels[name].get_legend_handles_labels()[1])
+        labelled.legend(frameon=False, fontsize=9)
+    for panel in panels.values():
+        _label_parameters(panel, [row.parameters for row in report.rows])
+    seeds = {outcome.metric.n for outcome in outcomes}
+    span = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
+    note = "bands: 95 % intervals" if max(seeds) > 1 else "no intervals"
+    figure.suptitle(f"{report.task}: SAM by width ({span} seed{'s' * (max(seeds) > 1)}; {note})", fontsize=11)
     try:
         figure.savefig(path, dpi=200)
     except ValueError as error:  # an unknown suffix
         raise ValueError(f"figure must end in a format such as .png or .pdf, got {path}: {error}") from None
+
+
+def _layout(names: list[str]) -> tuple[list[Any], tuple[float, float]]:
+    """Rows of panels, and the size of the figure in inches: the improvement, and the quantities in two rows."""
+    if len(names) < 2:
+        return [["improvement", *names]], (5.2 if not names else 8.6, 3.6)
+    names = [*names, *["."] * (len(names) % 2)]
+    half = len(names) // 2
+    return [["improvement", *names[:half]], ["improvement", *names[half:]]], (4.4 + 2.9 * half, 5.2)
+
+
+def _draw_improvement(panel: "Axes", report: Report) -> None:
+    scale = 100 if report.metric == "accuracy" else 1
+    panel.axhline(0, color="0.6", linewidth=1, linestyle="--")
+    for label, (color, outcomes) in _curves(report).items():
+        gains = [(count, outcome.improvement) for count, outcome in outcomes if outcome.improvement]
+        means = [(count, scale * gain.mean) for count, gain in gains]
+        halves = [(count, gain.mean, gain.half_width) for count, gain in gains if gain.half_width is not None]
+        band = [(count, scale * (mean - half), scale * (mean + half)) for count, mean, half in halves]
+        _draw(panel, label, color, means, band)
+    panel.set_title("improvement by SAM", fontsize=10)
+    panel.set_ylabel("test accuracy (points)" if report.metric == "accuracy" else "test loss (decrease)")
+
+
+def _draw_quantity(panel: "Axes", report: Report, name: str) -> None:
+    """Geometric means on two logarithmic axes; none is drawn where a value is 0."""
+    panel.set_yscale("log")
+    for label, (color, outcomes) in _curves(report).items():
+        found = [(count, outcome.geometric[name]) for count, outcome in outcomes if name in outcome.geometric]
+        means = [(count, g.mean) for count, g in found if g.mean is not None]
+        band = [(count, g.low, g.high) for count, g in found if g.low is not None and g.high is not None]
+        _draw(panel, label, color, means, band)
+    _label_values(panel)
+    panel.set_ylabel("geometric mean", fontsize=9)
+    panel.set_title(r"sharpness $a = \lambda_\mathrm{max}$" if name == "a" else f"non-uniformity ${name}$", fontsize=10)
+
+
+def _curves(report: Report) -> dict[str, tuple[str, list[tuple[int, Outcome]]]]:
+    """For each optimizer its color, the same in every panel, and its outcomes by the number of parameters."""
+    names = list(dict.fromkeys(name for row in report.rows for name in row.optimizers))
+    return {
+        name: (f"C{i}", [(row.parameters, row.optimizers[name]) for row in report.rows if name in row.optimizers])
+        for i, name in enumerate(names)
+    }
+
+
+def _draw(
+    panel: "Axes", label: str, color: str, means: list[tuple[int, float]], band: list[tuple[int, float, float]]
+) -> None:
+    """A curve through (parameters, mean), and a band of (parameters, low, high) where there are intervals."""
+    if means:
+        panel.plot(*zip(*means, strict=True), "o-", label=label.upper(), color=color, linewidth=2, markersize=5)
+    if band:
+        counts, lows, highs = zip(*band, strict=True)
+        panel.fill_between(counts, lows, highs, color=color, alpha=0.2, linewidth=0)
+
+
+def _label_values(panel: "Axes") -> None:
+    """Ticks at 1, 2 and 5 on a logarithmic axis, only at powers of ten if those are many, evenly if they are few."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+
+    low, high = panel.get_ylim()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    fine = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5) if low <= digit * 10.0**decade <= high]
+    ticks = fine if len(fine) <= 7 else [10.0**decade for decade in decades if low <= 10.0**decade <= high]
+    panel.yaxis.set_major_locator(FixedLocator(ticks) if len(ticks) > 1 else MaxNLocator(4))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _label_parameters(panel: "Axes", counts: list[int]) -> None:
+    """Parameters on a logarithmic axis, labelled where the sweep has a width and the labels have room."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    panel.set_xscale("log")
+    room = 0.16 * math.log(counts[-1] / counts[0])
+    ticks = counts[:1]
+    for count in counts[1:]:
+        if math.log(count / ticks[-1]) >= room:
+            ticks.append(count)
+    panel.set_xticks(ticks)
+    if len(counts) == 1:
+        panel.set_xlim(counts[0] / 2, counts[0] * 2)
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda count, _: count_in_short(count)))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.tick_params(axis="x", which="minor", length=0)
+    panel.set_xlabel("parameters")
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def count_in_short(count: float) -> str:
@@ -188,35 +310,77 @@ def student_t(degrees: int, confidence: float = 0.95) -> float:
     return math.sqrt(degrees) * math.tan(low)
 
 
+def _exp(x: float) -> float:
+    return math.exp(min(x, 700.0))  # a float ends at exp(709)
+
+
+def _quantities(folder: Path) -> dict[str, float]:
+    """What can be trusted of the measurements of a run: a, and s_k."""
+    a = sharpness(folder)
+    found = {} if a is None else {"a": a}
+    return found | {f"s_{k}": s for k, s in (nonuniformity(folder) or {}).items()}
+
+
 def _row(
     width: int,
     results: dict[Config, dict[str, Any]],
-    eigenvalues: dict[Config, float | None],
+    minima: dict[Config, dict[str, float]],
     task: tasks.Task,
 ) -> Row:
     by_rho: dict[str, dict[float, list[Config]]] = defaultdict(lambda: defaultdict(list))
     for cell in results:
         by_rho[_label(cell)][cell.rho].append(cell)
     chosen = {name: _best_on_validation(list(of.values()), results, task) for name, of in by_rho.items()}
-    final = {cell: result["final"]["test_metric"] for cell, result in results.items()}
-    sign = 1 if task.higher_is_better else -1
-    optimizers = {}
-    for name, cells in chosen.items():
-        metric = Interval.of(final[cell] for cell in cells)
-        best = Interval.of(results[cell]["best"]["test_metric"] for cell in cells)
-        assert metric and best  # a group of runs is never empty
-        baseline = {cell.seed: final[cell] for cell in chosen.get(cells[0].base, [])}
-        sam = cells[0].optimizer == "sam"
-        gains = [sign * (final[cell] - baseline[cell.seed]) for cell in cells if cell.seed in baseline]
-        optimizers[name] = Outcome(
-            metric,
-            best,
-            sum(results[cell]["interpolates"] for cell in cells),
-            cells[0].rho if sam else None,
-            Interval.of(value for cell in cells if (value := eigenvalues[cell]) is not None),
-            Interval.of(gains) if sam else None,
-        )
+    optimizers = {
+        name: _outcome(cells, chosen.get(cells[0].base, []), results, minima, task) for name, cells in chosen.items()
+    }
     return Row(width, next(iter(results.values()))["parameters"], optimizers)
+
+
+def _outcome(
+    cells: list[Config],
+    base: list[Config],
+    results: dict[Config, dict[str, Any]],
+    minima: dict[Config, dict[str, float]],
+    task: tasks.Task,
+) -> Outcome:
+    """Of the runs of one optimizer, compared with those of its base if it is SAM."""
+    final = {cell: results[cell]["final"]["test_metric"] for cell in (*cells, *base)}
+    metric = Interval.of(final[cell] for cell in cells)
+    best = Interval.of(results[cell]["best"]["test_metric"] for cell in cells)
+    assert metric and best  # a group of runs is never empty
+    sam = cells[0].optimizer == "sam"
+    of_seed = {cell.seed: cell for cell in base}
+    pairs = [(cell, of_seed[cell.seed]) for cell in cells if cell.seed in of_seed] if sam else []
+    sign = 1 if task.higher_is_better else -1
+    values: dict[str, list[float]] = defaultdict(list)
+    for cell in cells:
+        for name, value in minima[cell].items():
+            values[name].append(value)
+    return Outcome(
+        metric,
+        best,
+        sum(results[cell]["interpolates"] for cell in cells),
+        cells[0].rho if sam else None,
+        Interval.of(sign * (final[cell] - final[other]) for cell, other in pairs),
+        Interval.of(values["a"]),
+        {
+            name.removeprefix("s_"): interval
+            for name, sample in sorted(values.items())
+            if name != "a" and (interval := Interval.of(sample))
+        },
+        {name: mean for name, sample in sorted(values.items()) if (mean := Geometric.of(sample))},
+        {name: comparison for name in sorted(values) if (comparison := Comparison.of(_both(name, pairs, minima)))},
+    )
+
+
+def _both(
+    name: str, pairs: list[tuple[Config, Config]], minima: dict[Config, dict[str, float]]
+) -> Iterator[tuple[float, float]]:
+    """The quantity of this name at both ends of each pair that has it there."""
+    for one, other in pairs:
+        if name in minima[one] and name in minima[other]:
+            yield minima[one][name], minima[other][name]
 
 
 def _label(cell: Config) -> str:

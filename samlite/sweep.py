@@ -10,13 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from samlite.checkpoints import locked, read_json, write_json
 from samlite.config import Config
+
+MEASURES = ("eigenvalues", "moments")  # what may be measured of a minimum; moments are never kept without eigenvalues
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,23 @@ def grid(
 
 
 def run(
-    folder: Path | str, cells: Sequence[Config], *, measure: bool = False, jobs: int = 1
+    folder: Path | str, cells: Sequence[Config], *, measure: Collection[str] = (), jobs: int = 1
 ) -> Generator[Event, None, None]:
     """Run the cells that are not finished, `jobs` at a time, and yield what happens.
 
     The cells join those that the folder's sweep.json already records. Closing the iterator stops the
     running ones; they resume when the sweep is repeated.
 
+    Args:
+        measure: of `MEASURES`, taken of every minimum that lacks it.
+
     Raises:
         ValueError: the folder holds something else, or a sweep with another recipe.
         BlockingIOError: another process runs a sweep in this folder.
     """
+    for name in measure:
+        if name not in MEASURES:
+            raise ValueError(f"measure must be of {', '.join(MEASURES)}, got {name!r}")
     if jobs < 1:
         raise ValueError(f"jobs must be >= 1, got {jobs}")
     folder = Path(folder)
@@ -117,26 +125,53 @@ def read(folder: Path) -> list[Config]:
     return [Config.from_json(cell, path) for cell in cells]
 
 
-def finished(folder: Path, cell: Config, measure: bool) -> bool:
-    """Whether the folder holds the result of this very cell, with a converged measurement if asked."""
+def finished(folder: Path, cell: Config, measure: Collection[str] = ()) -> bool:
+    """Whether the folder holds the result of this very cell, with converged measurements of all that is asked."""
     if not (folder / "result.json").is_file():
         return False
     if Config.from_json(read_json(folder / "config.json"), folder / "config.json") != cell:
         return False
-    return not measure or sharpness(folder) is not None
+    return measured(folder, measure)
+
+
+def measured(folder: Path, measure: Collection[str]) -> bool:
+    """Whether a run holds converged measurements of all these; moments count only beside eigenvalues."""
+    if not measure:
+        return True
+    return sharpness(folder) is not None and ("moments" not in measure or nonuniformity(folder) is not None)
 
 
 def sharpness(folder: Path) -> float | None:
     """The largest Hessian eigenvalue of a run; None where it was not measured or cannot be trusted."""
-    path = folder / "sharpness.json"
-    if not path.is_file():
+    found = _measurement(folder, "eigenvalues")
+    if found is None:
         return None
-    found: Any = read_json(path).get("eigenvalues")
     try:
         trusted = found["which"] == "LA" and found["converged"] is True and found["complete"] is not False
         return float(found["values"][0]) if trusted else None
     except (IndexError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} is not a measurement; delete it and measure again") from None
+        raise _not_a_measurement(folder) from None
+
+
+def nonuniformity(folder: Path) -> dict[int, float] | None:
+    """The s_k of a run's moments by their order k; None where they were not measured or did not converge."""
+    found = _measurement(folder, "moments")
+    if found is None:
+        return None
+    try:
+        trusted = found["unit"] == "sample" and found["converged"] is True
+        return {int(k): float(s) for k, s in found["nonuniformity"].items()} if trusted else None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise _not_a_measurement(folder) from None
+
+
+def _measurement(folder: Path, name: str) -> Any:
+    path = folder / "sharpness.json"
+    return read_json(path).get(name) if path.is_file() else None
+
+
+def _not_a_measurement(folder: Path) -> ValueError:
+    return ValueError(f"{folder / 'sharpness.json'} is not a measurement; delete it and measure again")
 
 
 def _merged(folder: Path, cells: Sequence[Config]) -> list[Config]:
@@ -172,7 +207,7 @@ class _Process:
     errors: IO[bytes]
 
     @classmethod
-    def start(cls, folder: Path, cell: Config, measure: bool) -> "_Process":
+    def start(cls, folder: Path, cell: Config, measure: Collection[str]) -> "_Process":
         options = {**cell.to_json(), "milestones": ",".join(map(str, cell.milestones)), "out": cell.name}
         task = options.pop("task")
         command = [sys.executable, "-m", "samlite.cli", "train", task, "--json", "--stop-with-stdin"]
@@ -180,7 +215,7 @@ class _Process:
             if value is not None:
                 command += [f"--{name.replace('_', '-')}", str(value)]
         if measure:
-            command += ["--measure", "eigenvalues"]
+            command += ["--measure", ",".join(measure)]
         errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed at the end of the process)
         child = subprocess.Popen(
             command,

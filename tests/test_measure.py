@@ -4,16 +4,21 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Result
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from samlite import Hessian
-from samlite.measure import checkpoint_subject, resolve
+from samlite.checkpoints import read_json, write_json
+from samlite.config import Config
+from samlite.measure import as_record, checkpoint_subject, measure_run, resolve, run_subject
+from samlite.training import train
 
 NETS = """
 import torch
@@ -141,6 +146,59 @@ def test_what_did_not_converge_says_so_on_screen_and_in_the_status(place: Path) 
     done = samlite(place, "sharpness", "net.pt", "--model", "nets:net", "--data", "nets:data", "--tol", "1e-9")
     assert done.returncode == 1
     assert done.stderr.startswith("Error: not all of the 5 values are as exact as --tol 1e-09 asks")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Path]:
+    """A finished run of digits, hardly trained; to be measured by one thread, as tiny products wait for each other."""
+    pytest.importorskip("sklearn")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in train(Config.of("digits", {"epochs": 2}, width=8, device="cpu"), tmp_path / "run"):
+        pass
+    yield tmp_path / "run"
+    torch.set_num_threads(threads)
+
+
+def test_a_run_is_measured_for_what_it_lacks_and_keeps_what_it_has(run: Path) -> None:
+    measure_run(run)
+    alone = read_json(run / "sharpness.json")
+    assert len(alone["eigenvalues"]["values"]) == 1 and "moments" not in alone
+    subject = run_subject(run)
+    write_json(run / "sharpness.json", as_record(subject, subject.hessian().eigenvalues(3)))
+    before = read_json(run / "sharpness.json")
+
+    measure_run(run, moments=True)
+    record = read_json(run / "sharpness.json")
+    moments = record.pop("moments")
+    assert record == before  # all three of them
+    expected = run_subject(run).hessian("float64").moments(tol=1e-6)
+    assert moments["converged"] and moments["dtype"] == "float64" and moments["fallback"] is None
+    for k, s in expected.nonuniformity.items():
+        assert moments["nonuniformity"][str(k)] == pytest.approx(s, rel=1e-3)
+        assert abs(moments["powers"][str(k)] - expected.powers[k]) <= moments["errors"][str(k)] * 1.001
+
+    write_json(run / "sharpness.json", {**before, "moments": {**moments, "converged": False, "powers": {}}})
+    measure_run(run, moments=True)
+    again = read_json(run / "sharpness.json")
+    assert again == {**before, "moments": moments}
+
+
+def test_train_measures_moments_shows_them_and_says_what_did_not_converge(
+    cli: Callable[..., Result], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = ("train", "--width", "8", "--epochs", "2", "--device", "cpu", "--out", run)
+    assert "sharpness" not in json.loads(cli(*call, "--json").out)
+    found = json.loads(cli(*call, "--measure", "moments", "--json").out)["sharpness"]
+    assert found["eigenvalues"]["converged"] and list(found["moments"]["nonuniformity"]) == ["2", "3", "4"]
+    assert f"s_2 {found['moments']['nonuniformity']['2']:.4g}, s_3" in cli(*call).out
+
+    write_json(run / "sharpness.json", {**found, "moments": {**found["moments"], "converged": False}})
+    monkeypatch.setattr("samlite.measure.measure_run", lambda *_: None)
+    ended = cli(*call, "--measure", "eigenvalues,moments")
+    assert ended.status == 1 and "not converged" in ended.out
+    assert f"the measurement did not converge; try: samlite sharpness {run} --moments --tol 1e-2" in ended.err
+    assert cli(*call, "--measure", "eigenvalues").status == 0
 
 
 MALFORMED = [

@@ -1,14 +1,16 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Result
 from scipy import stats
 
 from samlite.checkpoints import write_json
 from samlite.config import Config
-from samlite.report import Interval, Report, count_in_short, plot, student_t, summarize
+from samlite.report import Comparison, Geometric, Interval, Report, count_in_short, plot, student_t, summarize
 
 SGD = [0.90, 0.92, 0.91]
 SAM = [0.93, 0.92, 0.94]
@@ -21,7 +23,15 @@ class Sweep:
         self.folder, self.cells = folder, []
 
     def add(
-        self, test: float | None, *, validation: float = 0.9, best: float = 0.95, sharpness: Any = None, **choices: Any
+        self,
+        test: float | None,
+        *,
+        validation: float = 0.9,
+        best: float = 0.95,
+        sharpness: Any = None,
+        spread: Any = None,  # s_k by k
+        converged: bool = True,  # the moments
+        **choices: Any,
     ) -> None:
         config = Config.of(**{"task": "digits", "width": 8, "device": "cpu", **choices})
         self.cells.append(config.to_json())
@@ -35,7 +45,8 @@ class Sweep:
             write_json(run / "result.json", end)
         if sharpness is not None:
             found = {"which": "LA", "converged": True, "complete": True, "values": [sharpness]}
-            write_json(run / "sharpness.json", {"eigenvalues": found})
+            moments = {"unit": "sample", "converged": converged, "nonuniformity": spread}
+            write_json(run / "sharpness.json", {"eigenvalues": found, **({"moments": moments} if spread else {})})
 
 
 @pytest.fixture
@@ -121,6 +132,123 @@ def test_rows_are_ordered_by_width_and_json_holds_the_report(sweep: Sweep) -> No
     assert document["rows"][0]["optimizers"]["sgd"]["sharpness"] == {"mean": 1.0, "half_width": None, "n": 1}
 
 
+def test_a_geometric_mean_and_its_interval_are_those_of_scipy() -> None:
+    values = np.exp(np.random.default_rng(0).normal(-2, 3, size=6))
+    found = Geometric.of(values.tolist())
+    low, high = stats.t.interval(0.95, 5, loc=np.log(values).mean(), scale=stats.sem(np.log(values)))
+    assert found is not None and found.n == 6 and found.zeros == 0
+    assert found.mean == pytest.approx(stats.gmean(values), rel=1e-12)
+    assert (found.low, found.high) == (pytest.approx(np.exp(low), rel=1e-12), pytest.approx(np.exp(high), rel=1e-12))
+
+
+def test_a_geometric_mean_has_no_interval_for_one_seed_and_none_at_all_where_a_value_is_zero() -> None:
+    assert Geometric.of([]) is None
+    assert Geometric.of([4.0]) == Geometric(pytest.approx(4.0), None, None, 1, 0)
+    assert Geometric.of([1.0, 0.0, 2.0]) == Geometric(None, None, None, 3, 1)
+    assert Comparison.of([]) is None
+    for pair in ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (-1.0, -2.0)):
+        assert Comparison.of([pair, (1.0, 2.0)]) == Comparison(Geometric(None, None, None, 2, 1), None)
+
+
+def test_intervals_beyond_the_range_of_a_float_stay_numbers() -> None:
+    found = Geometric.of([1e-300, 1e300])
+    assert found is not None and found.low == 0 and found.high is not None and np.isfinite(found.high)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdict"),
+    [
+        ([0.2, 0.3, 0.25], "smaller"),
+        ([4.0, 3.0, 5.0], "larger"),
+        ([0.2, 0.3, 5.0], "not told apart"),
+        ([1.0, 1.0, 1.0], "not told apart"),
+        ([0.01], None),
+    ],
+)
+def test_the_verdict_is_that_of_a_t_test_on_the_log_ratios(ratios: list[float], verdict: str | None) -> None:
+    found = Comparison.of([(3 * ratio, 3.0) for ratio in ratios])
+    assert found is not None and found.verdict == verdict
+    if len(set(ratios)) > 1:
+        p = stats.ttest_1samp(np.log(ratios), 0).pvalue
+        assert (p < 0.05) == (verdict != "not told apart")
+
+
+def test_quantities_of_minima_are_compared_in_pairs_of_seeds_that_have_both(sweep: Sweep) -> None:
+    generator = np.random.default_rng(1)
+    values = {name: np.exp(generator.normal(size=(4, 4))) for name in ("sgd", "sam")}  # [seed, quantity]
+    for name, seeds in (("sgd", [0, 1, 2, 3]), ("sam", [3, 2, 1, 0])):  # in another order
+        for seed in seeds:
+            a, *spread = values[name][seed].tolist()
+            converged = (name, seed) != ("sam", 3)  # what did not converge was not measured
+            choices = {"optimizer": name, "seed": seed, "converged": converged}
+            sweep.add(0.9, sharpness=a, spread=dict(zip("234", spread, strict=True)), **choices)
+    sweep.add(0.9, optimizer="sam", seed=4, sharpness=1e9)  # without a base of its seed
+    found = summarize(sweep.folder)
+    sgd, sam = (found.rows[0].optimizers[name] for name in ("sgd", "sam"))
+    assert not sgd.comparisons and list(sam.comparisons) == ["a", "s_2", "s_3", "s_4"]
+    for column, (name, comparison) in enumerate(sam.comparisons.items()):
+        seeds = slice(0, 4 if name == "a" else 3)
+        logs = np.log(values["sam"][seeds, column] / values["sgd"][seeds, column])
+        low, high = stats.t.interval(0.95, len(logs) - 1, loc=logs.mean(), scale=stats.sem(logs))
+        ratio = comparison.ratio
+        assert ratio.n == len(logs)
+        expected = [pytest.approx(np.exp(end), rel=1e-12) for end in (logs.mean(), low, high)]
+        assert [ratio.mean, ratio.low, ratio.high] == expected
+    assert sgd.nonuniformity["3"] == Interval.of(values["sgd"][:, 2].tolist())
+    assert sgd.geometric["s_4"].mean == pytest.approx(stats.gmean(values["sgd"][:, 3]))
+    assert found.without_moments == ("sam-rho0.1-w8-s3", "sam-rho0.1-w8-s4") and found.unmeasured == ()
+    outcome = json.loads(json.dumps(found.to_json(), allow_nan=False))["rows"][0]["optimizers"]["sam"]
+    assert outcome["comparisons"]["s_2"]["ratio"]["n"] == 3 and outcome["nonuniformity"]["4"]["n"] == 3
+
+
+@pytest.fixture
+def measured(sweep: Sweep) -> Sweep:
+    """Five seeds at two widths; at the second s_4 of one minimum is 0."""
+    generator = np.random.default_rng(2)
+    for width, ratio in ((8, 1.0), (32, 0.3)):
+        for seed in range(5):
+            for name in ("sgd", "sam"):
+                a, *spread = (ratio if name == "sam" else 1.0) * np.exp(generator.normal(-1, 0.2, size=4))
+                if (width, seed, name) == (32, 0, "sam"):
+                    spread[2] = 0.0
+                choices = {"width": width, "optimizer": name, "seed": seed, "sharpness": float(a)}
+                sweep.add(0.9 + seed / 100, spread=dict(zip("234", map(float, spread), strict=True)), **choices)
+    return sweep
+
+
+Cli = Callable[..., Result]
+
+
+def test_the_tables_of_quantities_and_ratios_fit_in_100_columns(
+    cli: Cli, measured: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = cli("report", measured.folder).out
+    assert max(map(len, shown.splitlines())) <= 100 and "…" not in shown
+    assert "a = λ_max" in shown and "s_4" in shown
+    assert "sharpness of SAM's minima over its base's" in shown
+    comparison = summarize(measured.folder).rows[1].optimizers["sam"].comparisons["a"].ratio
+    assert f"{comparison.mean:.2f} ({comparison.low:.2f} to {comparison.high:.2f})" in shown
+    assert "not told apart" in shown and "smaller" in shown
+    assert "no ratio:" in shown and "0 in 1 of 5 pairs" in shown
+    assert "Each of the 7 verdicts on ratios is at 95 % by itself." in shown
+
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = cli("report", measured.folder).out
+    assert f" {comparison.mean:.2f} " in narrow and f"({comparison.low:.2f} to {comparison.high:.2f})" in narrow
+    assert max(map(len, narrow.splitlines())) <= 80 and "…" not in narrow
+
+
+def test_columns_and_tables_are_only_there_for_what_was_measured(cli: Cli, sweep: Sweep) -> None:
+    for name in ("sgd", "sam"):
+        sweep.add(0.9, optimizer=name)
+    assert "λ_max" not in cli("report", sweep.folder).out
+    for name in ("sgd", "sam"):
+        sweep.add(0.9, optimizer=name, width=9, sharpness=2.0)
+    shown = cli("report", sweep.folder).out
+    assert "λ_max" in shown and "over its base's" in shown and "s_2" not in shown and "s_k" not in shown
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -128,6 +256,8 @@ def test_rows_are_ordered_by_width_and_json_holds_the_report(sweep: Sweep) -> No
         ("result.json", '{"final": 3}', "a result.json that no run wrote"),
         ("result.json", "{", "result.json must be a JSON file"),
         ("sharpness.json", '{"eigenvalues": {"which": "LA", "converged": true}}', "is not a measurement"),
+        ("sharpness.json", '{"moments": {"unit": "sample", "converged": true}}', "is not a measurement"),
+        ("sharpness.json", '{"moments": 3}', "is not a measurement"),
         ("sharpness.json", "[]", "sharpness.json must hold a JSON object"),
         ("config.json", "{}", "config.json must hold the field 'task'"),
     ],
@@ -168,7 +298,41 @@ def test_a_figure_of_nothing_or_of_no_known_format_is_refused(tmp_path: Path, fo
     with pytest.raises(ValueError, match="figure must end in a format such as .png or .pdf"):
         plot(found, tmp_path / "figure.docx")
     with pytest.raises(ValueError, match="a figure needs SAM and its base optimizer"):
-        plot(Report("digits", "accuracy", True, (), (), ()), tmp_path / "figure.png")
+        plot(Report("digits", "accuracy", True, (), (), (), ()), tmp_path / "figure.png")
+
+
+def test_the_figure_has_a_panel_for_each_quantity_with_geometric_means(
+    tmp_path: Path, measured: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    found = summarize(measured.folder)
+    plot(found, tmp_path / "figure.png")
+    improvement, *panels = drawn[0].axes
+    assert improvement.get_title() == "improvement by SAM"
+    for panel, name in zip(panels, ["a", "s_2", "s_3", "s_4"], strict=True):
+        assert panel.get_xscale() == panel.get_yscale() == "log"
+        assert name in panel.get_title()
+        for line, optimizer in zip(panel.lines, ["sgd", "sam"], strict=True):
+            means = [row.optimizers[optimizer].geometric[name].mean for row in found.rows]
+            assert line.get_ydata() == pytest.approx([mean for mean in means if mean is not None])
+
+
+def test_the_figure_has_one_panel_more_with_eigenvalues_alone(tmp_path: Path, sweep: Sweep) -> None:
+    pytest.importorskip("matplotlib")
+    for optimizer in ("sgd", "sam"):  # one seed, at one width
+        sweep.add(0.9, optimizer=optimizer, sharpness=2.0)
+    plot(summarize(sweep.folder), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_a_quantity_that_is_zero_everywhere_leaves_its_panel_empty(tmp_path: Path, sweep: Sweep) -> None:
+    pytest.importorskip("matplotlib")
+    for optimizer in ("sgd", "sam"):
+        sweep.add(0.9, optimizer=optimizer, sharpness=0.0, spread={"2": 0.0, "3": 1.0, "4": 1e-9})
+    plot(summarize(sweep.folder), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,21 @@
+import json
 import os
 import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command, contents, process
+from conftest import Result, command, contents, process
 
 from samlite import checkpoints, sweep
 from samlite.checkpoints import write_json
+from samlite.cli import options
 from samlite.config import Config
-from samlite.sweep import Event, finished, grid
+from samlite.sweep import Event, finished, grid, measured, nonuniformity
 
 pytest.importorskip("sklearn")
 
@@ -163,16 +166,65 @@ def test_two_sweeps_cannot_share_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_cell_is_finished_by_its_own_result_and_a_converged_measurement(tmp_path: Path) -> None:
     cell, other = grid("digits", [8], ["sgd"], seeds=2, **QUICK)
-    assert not finished(tmp_path, cell, measure=False)
+    assert not finished(tmp_path, cell, ())
     write_json(tmp_path / "config.json", cell.to_json())
     write_json(tmp_path / "result.json", {})
-    assert finished(tmp_path, cell, measure=False) and not finished(tmp_path, other, measure=False)
-    assert not finished(tmp_path, cell, measure=True)
+    assert finished(tmp_path, cell, ()) and not finished(tmp_path, other, ())
+    assert not finished(tmp_path, cell, ["eigenvalues"])
     measured = {"which": "LA", "values": [2.0], "converged": True, "complete": True}
     changes = [({}, True), ({"converged": False}, False), ({"complete": False}, False), ({"which": "SA"}, False)]
     for change, expected in changes:
         write_json(tmp_path / "sharpness.json", {"eigenvalues": {**measured, **change}})
-        assert finished(tmp_path, cell, measure=True) == expected
+        assert finished(tmp_path, cell, ["eigenvalues"]) == expected
+
+
+def test_moments_count_as_measured_if_they_converged_beside_eigenvalues(tmp_path: Path) -> None:
+    eigenvalues = {"which": "LA", "values": [2.0], "converged": True, "complete": True}
+    moments = {"unit": "sample", "nonuniformity": {"2": 3.0, "3": 0.0}, "converged": True}
+    assert not measured(tmp_path, ["eigenvalues"]) and measured(tmp_path, [])
+    for change, expected in [({}, True), ({"converged": False}, False), ({"unit": "batch"}, False)]:
+        write_json(tmp_path / "sharpness.json", {"eigenvalues": eigenvalues, "moments": {**moments, **change}})
+        assert measured(tmp_path, ["moments"]) == expected and measured(tmp_path, ["eigenvalues"])
+        assert nonuniformity(tmp_path) == ({2: 3.0, 3: 0.0} if expected else None)
+    write_json(tmp_path / "sharpness.json", {"eigenvalues": eigenvalues})
+    assert not measured(tmp_path, sweep.MEASURES) and nonuniformity(tmp_path) is None
+    write_json(tmp_path / "sharpness.json", {"eigenvalues": {**eigenvalues, "converged": False}, "moments": moments})
+    assert not measured(tmp_path, ["moments"])
+
+
+def test_a_sweep_measures_only_what_it_knows_and_the_terminal_offers_that(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="measure must be of eigenvalues, moments, got 'trace'"):
+        next(sweep.run(tmp_path, grid("digits", [8], seeds=1), measure=["trace"]))
+    assert options.MEASURES == sweep.MEASURES
+
+
+def test_a_sweep_with_moments_measures_what_lacks_them_and_trains_nothing_again(
+    cli: Callable[..., Result], tmp_path: Path
+) -> None:
+    pytest.importorskip("samlite._C")
+    recipe, run = ("--epochs", 2, "--device", "cpu"), tmp_path / "sgd-w16-s0"
+    write_json(tmp_path / "sweep.json", {"cells": []})
+    cli("train", "--width", 16, *recipe, "--measure", "eigenvalues", "--out", run)  # in this process, to save time
+    before = contents(tmp_path)
+    trained = (run / "result.json").stat().st_mtime_ns
+
+    call = ("sweep", "--widths", 16, "--seeds", 1, *recipe, "--measure", "eigenvalues,moments", "--jobs", 2)
+    document = json.loads(cli(*call, "--out", tmp_path, "--json").out)
+    after = contents(tmp_path)
+    assert {name for name in before if after[name] != before[name]} == {"sweep.json", "sgd-w16-s0/sharpness.json"}
+    assert (run / "result.json").stat().st_mtime_ns == trained
+    record = after["sgd-w16-s0/sharpness.json"]
+    assert record.pop("moments")["converged"] and record == before["sgd-w16-s0/sharpness.json"]
+
+    cells = sweep.read(tmp_path)
+    assert {event.state for event in sweep.run(tmp_path, cells, measure=["moments"])} == {"done"}
+    sgd, sam = (document["rows"][0]["optimizers"][name] for name in ("sgd", "sam"))
+    spread: dict[str, Any] = {name: nonuniformity(tmp_path / name) for name in ("sgd-w16-s0", "sam-rho0.1-w16-s0")}
+    for k in (2, 3, 4):
+        s, s_sam = spread["sgd-w16-s0"][k], spread["sam-rho0.1-w16-s0"][k]
+        assert sgd["nonuniformity"][str(k)]["mean"] == s > 0
+        assert sam["comparisons"][f"s_{k}"]["ratio"]["mean"] == pytest.approx(s_sam / s)
+        assert sam["comparisons"][f"s_{k}"]["verdict"] is None
 
 
 @pytest.mark.slow
