@@ -12,7 +12,8 @@ from samlite.cli.options import existing, json_option
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from samlite.report import Comparison, Interval, Outcome, Report
+    from samlite.intervals import Comparison, Interval
+    from samlite.report import Outcome, Report
 
 
 @click.command(short_help="Show a sweep's table, and draw its figure.")

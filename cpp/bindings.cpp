@@ -54,6 +54,7 @@ MatVec product(Operator& operation) {
 Eigenpairs eigenpairs(Operator& operation, Options options, const std::string& which, const std::string& method) {
   const int64_t p = operation.numel();
   options.which = parse_which(which);
+  options.scale = [&] { return operation.scale(); };
   TORCH_CHECK_VALUE(options.k >= 1 && options.k <= p, "k must be between 1 and the dimension ", p, ", got ", options.k);
   const c10::AutoGradMode no_grad(false);
   if (method == "power") return power_iteration(product(operation), operation.like(), p, options);

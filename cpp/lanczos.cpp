@@ -148,6 +148,7 @@ void Lanczos::look() {
     }
   }
   looked_ = size_;
+  if (options_.scale) norm_ = std::max(norm_, options_.scale());
   ritz_ = ritz(coefficients_.narrow(0, locked_, size_).narrow(1, locked_, size_), options_.which);
   coupling_ = ritz_.vectors[size_ - 1].mul(last);
   residual_ = to_vector(coupling_.abs());
@@ -383,6 +384,7 @@ void Lanczos::refine(int64_t count) {
     ritz_ = ritz(V.narrow(0, 0, size_).mm(W.narrow(0, 0, size_).t()).to(at::kCPU, at::kDouble), options_.which);
     residual_ = residual_norms(V, W, ritz_, std::min(k + 1, size_));
     norm_ = std::max(norm_, std::hypot(std::abs(ritz_.values[0]), residual_[0]));
+    if (options_.scale) norm_ = std::max(norm_, options_.scale());
     check_finite(norm_, apply_.count());
     values_ = head(ritz_.values, k);
     residuals_ = head(residual_, k);

@@ -285,6 +285,8 @@ Tensor Centred::apply(const Tensor& v) {
   const Tensor moments = moments_->apply(v, order_);
   Tensor power = moments[0];
   for (int64_t k = 1; k < order_; ++k) power = moments_->apply(power, 1)[0];
+  const Tensor size = at::linalg_vector_norm(moments[order_ - 1]) / at::linalg_vector_norm(v);
+  size_ = size_.defined() ? at::fmax(size_, size) : size;
   return moments[order_ - 1] - power;
 }
 

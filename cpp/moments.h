@@ -133,9 +133,11 @@ class Centred : public OfMoments {
  public:
   Centred(std::shared_ptr<Moments> moments, int64_t order) : OfMoments(std::move(moments)), order_(order) {}
   Tensor apply(const Tensor& v) override;
+  double scale() const override { return size_.defined() ? size_.item<double>() : 0; }
 
  private:
   int64_t order_;
+  Tensor size_;  // the largest |M_order v| of a unit v
 };
 
 // c_0 I + c_1 M_1 + c_2 M_2 + ...

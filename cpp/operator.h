@@ -15,6 +15,9 @@ class Operator {
   virtual Tensor apply(const Tensor& v) = 0;  // (p,) -> (p,)
   virtual const Tensor& like() const = 0;     // any tensor with the type and device of the vectors
   virtual int64_t numel() const = 0;          // p
+  // The size of the vectors whose difference a product is, as far as seen: what is lost to rounding is relative to it.
+  // Waits for the device.
+  virtual double scale() const { return 0; }
 };
 
 }  // namespace samlite

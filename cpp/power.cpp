@@ -68,7 +68,7 @@ Eigenpairs power_iteration(MatVec multiply, const Tensor& like, int64_t p, const
   Tensor X = at::empty({0, p}, like.options());
 
   // More than half of the norm is enough for the shift.
-  const double norm = estimate_norm(apply, random());
+  const double norm = std::max(estimate_norm(apply, random()), options.scale ? options.scale() : 0);
   const double rounding = rounding_error(eps, norm);
   const double shift = options.which == Which::LA ? norm : options.which == Which::SA ? -norm : 0;
 

@@ -103,7 +103,9 @@ class Hessian(Operator):
         seconds = time.perf_counter() - began
         return Moments(
             sharpness=float(first.values[0]),
-            nonuniformity={k: max(power, 0.0) ** (1 / k) for k, power in powers.items()},
+            nonuniformity={
+                k: power ** (1 / k) if power > float(found[k].errors[0]) else 0.0 for k, power in powers.items()
+            },
             powers=powers,
             errors={1: float(first.errors[0]), **{k: float(e.errors[0]) for k, e in found.items()}},
             unit=unit,

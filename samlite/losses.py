@@ -38,11 +38,18 @@ class Losses:
 
     def __init__(self, model: nn.Module, loss_fn: Loss, data: Data, parameters: list[nn.Parameter], mode: str) -> None:
         self.model, self.data, self.parameters, self.mode = model, _checked_data(data), parameters, mode
-        self.loss = _as_function(loss_fn, like=parameters[0])
+        self._loss_fn, self.loss = loss_fn, _as_function(loss_fn, like=parameters[0])
         # Batch norm in train mode couples the rows of a batch, so there a pair of tensors stays whole.
         self.cut(len(self.data[0]) if is_pair(self.data) else 0)
         self._stream: Iterator[Any] = iter(())
         self._index = 0
+
+    def doubled(self) -> "Losses":
+        """The same losses of a copy of the model in float64."""
+        twins: dict[int, Any] = {}
+        model = deepcopy(self.model, twins).double()
+        # `double` replaces the values of parameters, not the parameters
+        return Losses(model, self._loss_fn, self.data, [twins[id(p)] for p in self.parameters], self.mode)
 
     def cut(self, rows: int, single: bool = False) -> None:
         """Cut a pair of tensors into chunks of so many rows; `single` gives every sample as a batch of its own."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Unit = Literal["sample", "batch"]
 
 _PROBE_ROWS = (3, 5, 7, 2)  # samples that are looked at to find where samples are
-_AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-9}  # of a chain and plain autograd on them
+_AGREEMENT = {torch.float32: 5e-2, torch.float64: 1e-9}  # of a chain and plain autograd on them, relative
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Moments:
     """Sharpness a = lambda_max(H) and the non-uniformity s_k of the per-sample Hessians, k = 2 .. order."""
 
     sharpness: float
-    nonuniformity: dict[int, float]  # k: s_k, 0 where the power is negative
+    nonuniformity: dict[int, float]  # k: s_k, 0 where the power is negative or not told from 0
     powers: dict[int, float]  # k: lambda_max(M_k - H^k), with its sign
     errors: dict[int, float]  # k: bound on the error of that eigenvalue; 1: of the sharpness
     unit: str  # of what the Hessians are: "sample" or "batch"
@@ -80,18 +80,9 @@ class Samples:
         batch = self._losses.next_batch()
         if batch is None:
             return None
-        return self._whole(batch) if self._plan is None else self._chain(batch, self._plan)
-
-    def _whole(self, batch: Any) -> tuple[Any, Tensor, float]:
-        curvature, total, weight = self._curves.whole(batch)
-        return self._c.whole(curvature, weight, self._unit == "batch", self._losses.parameters), total, weight
-
-    def _chain(self, batch: Any, plan: Plan) -> tuple[Any, Tensor, float]:
-        count = samples(batch)
-        capture = Capture(self._losses.parameters, count, plan, taps=self._curves.kind == "hessian")
-        total, weight, outputs, leaves = self._curves.total(batch, capture)
-        chain = self._c.chain(total, capture.sites, count, self._losses.parameters, outputs, leaves)
-        return chain, total.detach(), weight
+        if self._plan is None:
+            return _whole(self._c, self._curves, batch, self._unit == "batch")
+        return _chain(self._c, self._curves, batch, self._plan)
 
     # --- The plan, and the proof that it is right
 
@@ -122,19 +113,38 @@ class Samples:
         return capture
 
     def _check(self, batch: Any, plan: Plan) -> None:
-        params = self._losses.parameters
-        like = params[0]
-        v = torch.randn(sum(p.numel() for p in params), generator=torch.Generator().manual_seed(0))
-        v = v.to(like.device, like.dtype)
-        self._losses.forget()
-        chain = self._chain(batch, plan)[0](v, 2)
-        plain = torch.zeros_like(chain)
-        for i in range(samples(batch)):
-            self._losses.forget()
-            plain += self._whole(rows(batch, slice(i, i + 1)))[0](v, 2)
-        for mine, right in zip(chain, plain, strict=True):
-            if float((mine - right).norm()) > _AGREEMENT[like.dtype] * float(right.norm()) + 1e-30:
-                raise UncoveredError("this model: its chains disagree with plain autograd")
+        """Raise UncoveredError unless the chains of some samples are what plain autograd gives for each of them."""
+        try:  # in float64, as little but rounding is left of samples that are fitted well
+            agree = _agree(self._c, Curves(self._c, self._losses.doubled(), self._curves.kind), batch, plan)
+        except (RuntimeError, TypeError):  # a model that cannot be copied, a loss that holds float32 tensors, mps
+            agree = _agree(self._c, self._curves, batch, plan)
+        if not agree:
+            raise UncoveredError("this model: its chains disagree with plain autograd")
+
+
+def _whole(c: ModuleType, curves: Curves, batch: Any, mean: bool) -> tuple[Any, Tensor, float]:
+    curvature, total, weight = curves.whole(batch)
+    return c.whole(curvature, weight, mean, curves.losses.parameters), total, weight
+
+
+def _chain(c: ModuleType, curves: Curves, batch: Any, plan: Plan) -> tuple[Any, Tensor, float]:
+    count, params = samples(batch), curves.losses.parameters
+    capture = Capture(params, count, plan, taps=curves.kind == "hessian")
+    total, weight, outputs, leaves = curves.total(batch, capture)
+    return c.chain(total, capture.sites, count, params, outputs, leaves), total.detach(), weight
+
+
+def _agree(c: ModuleType, curves: Curves, batch: Any, plan: Plan) -> bool:
+    like = curves.losses.parameters[0]
+    v = torch.randn(sum(p.numel() for p in curves.losses.parameters), generator=torch.Generator().manual_seed(0))
+    v = v.to(like.device, like.dtype)
+    curves.losses.forget()
+    chain = _chain(c, curves, batch, plan)[0](v, 2)
+    plain = torch.zeros_like(chain)
+    for i in range(samples(batch)):
+        curves.losses.forget()
+        plain += _whole(c, curves, rows(batch, slice(i, i + 1)), False)[0](v, 2)
+    return bool(((chain - plain).norm(dim=1) <= _AGREEMENT[like.dtype] * plain.norm(dim=1) + 1e-30).all())
 
 
 def _changed(batch: Any, j: int) -> Any:

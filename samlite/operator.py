@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from samlite.intervals import student_t
+
 if TYPE_CHECKING:
     from types import ModuleType
 
@@ -270,7 +272,7 @@ class Operator:
                     continue
                 look += max(1, look // 4)
                 grid, curves, sigma = _smoothed(nodes, weights, width, points)
-                mean, stderr = curves.mean(0), curves.std(0) * _widening(probes) / math.sqrt(probes)
+                mean, stderr = curves.mean(0), curves.std(0) * (student_t(probes - 1) / 1.96) / math.sqrt(probes)
                 error = float(stderr.mean() / mean.mean())
                 if progress:
                     progress(matvecs, error / tol)
@@ -352,13 +354,6 @@ def _smoothed(nodes: Tensor, weights: Tensor, width: float | None, points: int) 
     grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, points, dtype=torch.float64)
     normal = torch.exp(-0.5 * ((grid[:, None, None] - nodes) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
     return grid, (normal * weights).sum(2).T, sigma
-
-
-def _widening(samples: int) -> float:
-    """Student's 97.5 % quantile over the normal one, to a percent from 3 samples on."""
-    from samlite.report import student_t
-
-    return student_t(samples - 1) / 1.959964
 
 
 def require(condition: bool, message: str) -> None:

@@ -216,8 +216,8 @@ def test_train_writes_a_run_shows_it_and_does_nothing_the_second_time(cli: Cli, 
 
 def test_train_prints_exactly_one_json_document(cli: Cli) -> None:
     document = json.loads(cli(*QUICK, "--optimizer", "sam", "--json").out)
-    assert document["folder"] == "runs/digits-sam-rho0.1-w8-s0"
-    assert document["config"]["rho"] == 0.1 and document["result"]["epochs"] == 2
+    assert document["folder"] == "runs/digits-sam-rho0.2-w8-s0"
+    assert document["config"]["rho"] == 0.2 and document["result"]["epochs"] == 2
 
 
 def test_a_recipe_comes_from_a_file_and_options_override_it(cli: Cli, workplace: Path) -> None:

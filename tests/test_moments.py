@@ -334,3 +334,28 @@ def test_the_model_is_left_as_it_was():
     Hessian(model, nn.CrossEntropyLoss(), (x, y)).moments(2)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_samples_that_are_all_alike_have_moments_of_zero():
+    model, x, y = prepared("MLP")
+    model[0].weight.data.zero_()
+    model[0].bias.data.zero_()  # all outputs are the same; the mean over equal Hessians leaves only rounding
+    found = Hessian(model.float(), nn.CrossEntropyLoss(), (x, torch.zeros_like(y)), params="2.bias").moments()
+    assert found.converged and found.matvecs < 100
+    assert all(value == 0 for value in found.nonuniformity.values())
+
+
+def test_samples_that_are_fitted_to_rounding_are_no_reason_for_a_fallback():
+    torch.manual_seed(0)
+    x = torch.randn(8, 20)
+    y = torch.arange(8) % 4
+    model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4)).float()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x.float()), y).backward()
+        optimizer.step()
+    assert nn.functional.cross_entropy(model(x.float()), y) < 1e-5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no fallback
+        Hessian(model, nn.CrossEntropyLoss(), (x, y)).moment_operator(2) @ torch.ones(20 * 16 + 16 + 16 * 4 + 4)

@@ -10,7 +10,8 @@ from scipy import stats
 
 from samlite.checkpoints import write_json
 from samlite.config import Config
-from samlite.report import Comparison, Geometric, Interval, Report, count_in_short, plot, student_t, summarize
+from samlite.intervals import Comparison, Geometric, Interval, student_t
+from samlite.report import Report, count_in_short, plot, summarize
 
 SGD = [0.90, 0.92, 0.91]
 SAM = [0.93, 0.92, 0.94]
@@ -196,7 +197,7 @@ def test_quantities_of_minima_are_compared_in_pairs_of_seeds_that_have_both(swee
         assert [ratio.mean, ratio.low, ratio.high] == expected
     assert sgd.nonuniformity["3"] == Interval.of(values["sgd"][:, 2].tolist())
     assert sgd.geometric["s_4"].mean == pytest.approx(stats.gmean(values["sgd"][:, 3]))
-    assert found.without_moments == ("sam-rho0.1-w8-s3", "sam-rho0.1-w8-s4") and found.unmeasured == ()
+    assert found.without_moments == ("sam-rho0.2-w8-s3", "sam-rho0.2-w8-s4") and found.unmeasured == ()
     outcome = json.loads(json.dumps(found.to_json(), allow_nan=False))["rows"][0]["optimizers"]["sam"]
     assert outcome["comparisons"]["s_2"]["ratio"]["n"] == 3 and outcome["nonuniformity"]["4"]["n"] == 3
 

@@ -219,9 +219,9 @@ def test_a_sweep_with_moments_measures_what_lacks_them_and_trains_nothing_again(
     cells = sweep.read(tmp_path)
     assert {event.state for event in sweep.run(tmp_path, cells, measure=["moments"])} == {"done"}
     sgd, sam = (document["rows"][0]["optimizers"][name] for name in ("sgd", "sam"))
-    spread: dict[str, Any] = {name: nonuniformity(tmp_path / name) for name in ("sgd-w16-s0", "sam-rho0.1-w16-s0")}
+    spread: dict[str, Any] = {name: nonuniformity(tmp_path / name) for name in ("sgd-w16-s0", "sam-rho0.2-w16-s0")}
     for k in (2, 3, 4):
-        s, s_sam = spread["sgd-w16-s0"][k], spread["sam-rho0.1-w16-s0"][k]
+        s, s_sam = spread["sgd-w16-s0"][k], spread["sam-rho0.2-w16-s0"][k]
         assert sgd["nonuniformity"][str(k)]["mean"] == s > 0
         assert sam["comparisons"][f"s_{k}"]["ratio"]["mean"] == pytest.approx(s_sam / s)
         assert sam["comparisons"][f"s_{k}"]["verdict"] is None
