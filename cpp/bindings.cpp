@@ -198,7 +198,8 @@ PYBIND11_MODULE(_C, m) {
   moments
       .def(py::init(&make_moments), py::arg("params"), py::arg("rewind"), py::arg("next"), py::arg("batches"),
            py::arg("memory"))
-      .def("apply", torch::wrap_pybind_function_no_gil(&Moments::apply), py::arg("v"), py::arg("order"));
+      .def("apply", torch::wrap_pybind_function_no_gil(&Moments::apply), py::arg("v"), py::arg("order"))
+      .def("ascent", torch::wrap_pybind_function_no_gil(&Moments::ascent));
   bind_graphs(moments);
   py::class_<Centred, Operator, std::shared_ptr<Centred>>(m, "Centred")
       .def(py::init<std::shared_ptr<Moments>, int64_t>(), py::arg("moments"), py::arg("order"));

@@ -97,31 +97,44 @@ Chain::Chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites, int64
   }
 }
 
+Tensor Chain::response(const Site& site, const std::vector<Direction>& direction) const {
+  const Tensor &a = site.a_first_, &delta = site.delta_first_;
+  Tensor result;
+  for (const auto& use : site.uses_) {
+    const auto& [shared, whole, left, right] = direction[use.param];
+    if (left.defined()) {
+      accumulate(result, use.to_output(use.input_rows(a).bmm(right.mT()).bmm(left), delta));
+    } else {
+      const bool per_sample = whole.defined();
+      const Tensor theta = per_sample ? use.view_per_sample(whole) : use.view(shared);
+      accumulate(result, use.apply(theta, a, delta, per_sample));
+    }
+  }
+  return result;
+}
+
 // One reverse pass: from the layers' linear responses to the direction, to the derivatives along it.
 std::vector<Chain::Dots> Chain::step(const std::vector<Direction>& direction) const {
   std::vector<Tensor> roots, cotangents;
   std::vector<Edge> edges;
   for (const auto& site : sites_) {
-    Tensor at_delta, at_a;
+    Tensor at_a;
     const bool wants_a = site->eta_.defined();
     for (const auto& use : site->uses_) {
+      if (!wants_a || !use.varies_with_a()) continue;
       const auto& [shared, whole, left, right] = direction[use.param];
       const Tensor &a = site->a_first_, &delta = site->delta_first_;
-      const bool into_a = wants_a && use.varies_with_a();
       if (left.defined()) {
-        const Tensor rows = use.input_rows(a);
-        accumulate(at_delta, use.to_output(rows.bmm(right.mT()).bmm(left), delta));
-        if (into_a) accumulate(at_a, use.to_input(use.output_rows(delta).bmm(left.mT()).bmm(right), a));
+        accumulate(at_a, use.to_input(use.output_rows(delta).bmm(left.mT()).bmm(right), a));
       } else {
         const bool per_sample = whole.defined();
         const Tensor theta = per_sample ? use.view_per_sample(whole) : use.view(shared);
-        accumulate(at_delta, use.apply(theta, a, delta, per_sample));
-        if (into_a) accumulate(at_a, use.adjoint(theta, a, delta, per_sample));
+        accumulate(at_a, use.adjoint(theta, a, delta, per_sample));
       }
     }
     if (site->delta_.requires_grad()) {
       roots.push_back(site->delta_);
-      cotangents.push_back(site->layout_.back(at_delta, site->delta_));
+      cotangents.push_back(site->layout_.back(response(*site, direction), site->delta_));
     }
     if (at_a.defined() && site->a_.requires_grad()) {
       roots.push_back(site->a_);
@@ -243,6 +256,23 @@ void Chain::add(const Tensor& v, Tensor& out) {
   }
 }
 
+Tensor Chain::slope(const std::vector<Direction>& direction) const {
+  Tensor sum = at::zeros({n_}, params_[0].options().requires_grad(false));
+  for (const auto& site : sites_) sum += (site->delta_first_ * response(*site, direction)).reshape({n_, -1}).sum(1);
+  return sum;
+}
+
+// The gradient of a sample is a direction with delta in place of delta', and no a'.
+Tensor Chain::ascent() const {
+  if (outputs_) return at::full({n_}, NAN, params_[0].options().requires_grad(false));
+  std::vector<Dots> dots;
+  for (const auto& site : sites_) dots.push_back({site->delta_first_, Tensor()});
+  normalise(dots);
+  const auto gradient = directions(dots);
+  auto along = step(gradient);
+  return slope(directions(along)) / slope(gradient);
+}
+
 void Whole::add(const Tensor& v, Tensor& out) {
   Tensor u = v;
   for (int64_t k = 0; k < out.size(0); ++k) {
@@ -274,6 +304,18 @@ Tensor Moments::apply(const Tensor& v, int64_t order) {
   const double share = static_cast<double>(samples) / graphs_.weight();
   for (int64_t k = 0; k < order; ++k) out[k].mul_(std::pow(share, static_cast<double>(k + 1)) / samples);
   return out;
+}
+
+Tensor Moments::ascent() {
+  Tensor sum, count;
+  int64_t samples = 0;
+  graphs_.pass([&](const auto& graph) {
+    const Tensor quotients = graph->ascent();
+    accumulate(sum, quotients.nansum());
+    accumulate(count, quotients.isfinite().sum());
+    samples += graph->samples();
+  });
+  return sum / count * (static_cast<double>(samples) / graphs_.weight());
 }
 
 int64_t Moments::measure() {

@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/edge.h>
 #include <torch/csrc/autograd/function.h>
 
+#include <cmath>
 #include <memory>
 
 #include "hessian.h"
@@ -48,6 +49,9 @@ class Powers {
   virtual ~Powers() = default;
   // out[k] += the sum of H_i^(k+1) v over its samples, H_i not yet scaled. v: (p,), out: (orders, p).
   virtual void add(const Tensor& v, Tensor& out) = 0;
+  // g_i^T H_i g_i / |g_i|^2 along each sample's own gradient, H_i not yet scaled: (samples,); nan where it is not
+  // known.
+  virtual Tensor ascent() const = 0;
   virtual int64_t samples() const = 0;
 };
 
@@ -57,6 +61,7 @@ class Chain : public Powers {
   Chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites, int64_t n, std::vector<Tensor> params,
         std::optional<Outputs> outputs);
   void add(const Tensor& v, Tensor& out) override;
+  Tensor ascent() const override;
   int64_t samples() const override { return n_; }
 
  private:
@@ -70,6 +75,8 @@ class Chain : public Powers {
     Tensor delta, a;  // sample-first; not defined where they are zero
   };
   std::vector<Dots> step(const std::vector<Direction>& direction) const;
+  Tensor response(const Site& site, const std::vector<Direction>& direction) const;  // V a of a site, like delta
+  Tensor slope(const std::vector<Direction>& direction) const;                       // g_i . v_i: (n,)
   std::vector<Tensor> responses(const std::vector<Tensor>& roots, const std::vector<Tensor>& cotangents,
                                 const std::vector<torch::autograd::Edge>& edges) const;
   std::vector<Direction> directions(const std::vector<Dots>& dots) const;
@@ -90,6 +97,7 @@ class Whole : public Powers {
   Whole(std::shared_ptr<Curvature> curvature, double weight, bool mean, std::vector<Tensor> params)
       : curvature_(std::move(curvature)), weight_(weight), mean_(mean), params_(std::move(params)) {}
   void add(const Tensor& v, Tensor& out) override;
+  Tensor ascent() const override { return at::full({1}, NAN, params_[0].options().requires_grad(false)); }
   int64_t samples() const override { return 1; }
 
  private:
@@ -105,6 +113,7 @@ class Moments {
   Moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind, Next<Powers> next, bool batches,
           int64_t memory, std::function<void()> check_signals);
   Tensor apply(const Tensor& v, int64_t order);  // -> (order, p): M_1 v, ..., M_order v
+  Tensor ascent();                               // the mean of g_i^T H_i g_i / |g_i|^2 where g_i is not 0: ()
   int64_t measure();                             // bytes that two steps through the first batch take
   int64_t numel() const { return numel_; }
   const Tensor& like() const { return params_.at(0); }

@@ -11,10 +11,22 @@ if TYPE_CHECKING:
     from samlite.moments import Moments
     from samlite.operator import Density, Eigenvalues, Estimate
     from samlite.sam import SAM
+    from samlite.sharpness import Block, Sharpness
     from samlite.stability import Stability
 
 __version__ = "0.1.0"
-__all__ = ["SAM", "Density", "Eigenvalues", "Estimate", "Hessian", "Moments", "Stability", "__version__"]
+__all__ = [
+    "SAM",
+    "Block",
+    "Density",
+    "Eigenvalues",
+    "Estimate",
+    "Hessian",
+    "Moments",
+    "Sharpness",
+    "Stability",
+    "__version__",
+]
 
 _HOME = {
     "SAM": "samlite.sam",
@@ -23,6 +35,8 @@ _HOME = {
     "Density": "samlite.operator",
     "Eigenvalues": "samlite.operator",
     "Estimate": "samlite.operator",
+    "Block": "samlite.sharpness",
+    "Sharpness": "samlite.sharpness",
     "Stability": "samlite.stability",
 }
 

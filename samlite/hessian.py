@@ -23,6 +23,7 @@ from samlite.curvature import Curves, Kind
 from samlite.losses import PROBE, Data, Loss, Losses, full_precision, is_pair
 from samlite.moments import Moments, Samples, Unit
 from samlite.operator import Operator, Progress, check_steady, compiled, require
+from samlite.sharpness import Block, Sharpness, blocks, sharpness
 from samlite.stability import Stability, stability
 
 
@@ -63,7 +64,8 @@ class Hessian(Operator):
         require(curvature in ("hessian", "ggn"), f"curvature must be 'hessian' or 'ggn', got {curvature!r}")
         model = getattr(model, "_orig_mod", model)  # compiled graphs have no second derivative
         self.names, self.params = _selected(model, params)
-        self.mode, self.curvature = mode, curvature
+        self.mode: Literal["eval", "train"] = mode
+        self.curvature: Kind = curvature
         self.memory = _free_memory(self.params[0].device) // 2 if memory is None else _bytes(memory)
         self._loss_fn, self._data = loss_fn, data
         self._losses = Losses(model, loss_fn, data, self.params, mode)
@@ -141,6 +143,49 @@ class Hessian(Operator):
         require(0 <= rho < math.inf, f"rho must be >= 0, got {rho}")
         require(0 < tol < 1, f"tol must be between 0 and 1, got {tol}")
         return stability(self, lr, rho, unit, tol, seed, progress)
+
+    def sharpness(self, tol: float = 0.05, *, seed: int = 0, progress: Progress | None = None) -> Sharpness:
+        """Worst-, ascent- and average-direction sharpness; `tol` is that of the trace.
+
+        Raises:
+            ValueError: as of `moments`.
+        """
+        return sharpness(self, tol, seed, progress)
+
+    def blocks(
+        self, k: int = 1, tol: float = 0.05, *, seed: int = 0, progress: Progress | None = None
+    ) -> dict[str, Block]:
+        """The k largest eigenvalues and the trace of each layer's own block, by the layer's name.
+
+        A layer is what shares the name before the last dot. Blocks are measured one by one, so that memory is that of
+        one.
+        """
+        require(isinstance(k, int) and k >= 1, f"k must be >= 1, got {k}")
+        return blocks(self, k, tol, seed, progress)
+
+    def restricted(self, params: str | Iterable[str] | Iterable[nn.Parameter]) -> Hessian:
+        """The diagonal block of some of the parameters, arguments as of the constructor."""
+        return Hessian(
+            self._losses.model,
+            self._loss_fn,
+            self._data,
+            params=params,
+            curvature=self.curvature,
+            memory=self.memory,
+            mode=self.mode,
+        )
+
+    def gradient(self) -> Tensor:
+        """The gradient of the mean loss: (p,)."""
+        sums = torch.zeros(self.shape[0]).to(self.params[0])
+        weights = 0.0
+        self._losses.rewind(0)
+        while (batch := self._losses.next_batch()) is not None:
+            total, weight = self._losses.total(batch)
+            parts = torch.autograd.grad(total, self.params, allow_unused=True, materialize_grads=True)
+            sums += torch.cat([part.reshape(-1) for part in parts])
+            weights += weight
+        return sums / weights
 
     def moment_operator(self, order: int, unit: Unit = "sample") -> MomentOperator:
         """M_order - H^order, with the interface of this one."""

@@ -1,0 +1,100 @@
+"""The three notions of sharpness that SAM may lower, and curvature layer by layer.
+
+Wen, Ma and Li, "How does sharpness-aware minimization minimize sharpness?" (2023): the worst direction's is
+lambda_max(H), the ascent direction's g^T H g / |g|^2, the average direction's proportional to trace(H).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from samlite.losses import full_precision
+from samlite.operator import Eigenvalues, Estimate, Progress
+
+if TYPE_CHECKING:
+    from samlite.hessian import Hessian
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """Worst-, ascent- and average-direction sharpness at one point."""
+
+    worst: float  # lambda_max(H)
+    worst_error: float
+    ascent: float  # g^T H g / |g|^2 along the full gradient; nan where it is 0
+    ascent_samples: float  # mean of g_i^T H_i g_i / |g_i|^2 over the samples whose gradient is not 0; else nan
+    average: float  # trace(H)
+    average_stderr: float
+    notes: tuple[str, ...]  # why a value is nan
+    converged: bool
+    matvecs: int
+    gradient_evaluations: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Block:
+    """The curvature of one layer: the diagonal block of its own parameters."""
+
+    parameters: int
+    eigenvalues: Eigenvalues
+    trace: Estimate[float]
+
+
+def sharpness(hessian: Hessian, tol: float, seed: int, progress: Progress | None) -> Sharpness:
+    """See `Hessian.sharpness`."""
+    began = time.perf_counter()
+    top = hessian.eigenvalues(1, tol=min(tol, 1e-3), seed=seed, progress=progress)
+    trace = hessian.trace(tol, seed=seed, progress=progress)
+    notes = []
+    gradient = hessian.gradient()
+    square = float(gradient.dot(gradient))
+    ascent = float(gradient.dot(hessian @ gradient)) / square if square > 0 else math.nan
+    if square == 0:
+        notes.append("the full gradient is 0")
+    samples = hessian._samples("sample")
+    with full_precision():
+        ascent_samples = float(samples.operator.ascent())
+    if math.isnan(ascent_samples):
+        notes.append(_why(hessian, samples.fallback))
+    seconds = time.perf_counter() - began
+    return Sharpness(
+        float(top.values[0]),
+        float(top.errors[0]),
+        ascent,
+        ascent_samples,
+        trace.value,
+        trace.stderr,
+        tuple(notes),
+        top.converged and trace.converged,
+        top.matvecs + trace.matvecs + 1,
+        seconds / max(hessian._gradient_seconds(), 1e-9),
+        seconds,
+    )
+
+
+def _why(hessian: Hessian, fallback: str | None) -> str:
+    if hessian.curvature == "ggn":
+        return "the ascent of single samples is measured with curvature='hessian' only"
+    if fallback:
+        return f"the ascent of single samples has no rule for {fallback}"
+    return "the gradient of every sample is 0"
+
+
+def blocks(hessian: Hessian, k: int, tol: float, seed: int, progress: Progress | None) -> dict[str, Block]:
+    """See `Hessian.blocks`."""
+    layers: dict[str, list[torch.nn.Parameter]] = {}
+    for name, param in zip(hessian.names, hessian.params, strict=True):
+        layers.setdefault(name.rpartition(".")[0] or name, []).append(param)
+    found = {}
+    for layer, params in layers.items():
+        block = hessian.restricted(params)
+        most = min(k, block.shape[0])
+        values = block.eigenvalues(most, seed=seed, progress=progress)
+        found[layer] = Block(block.shape[0], values, block.trace(tol, seed=seed, progress=progress))
+    return found
