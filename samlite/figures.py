@@ -26,21 +26,10 @@ def track(records: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> 
     ]
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    marker = "o" if len(epochs) <= 40 else "."
-    for i in reversed(range(len(curves))):  # the largest on top
-        shade = 0.25 + 0.6 * (1 - i / len(curves))
-        label = "λ₁ (largest)" if i == 0 else f"λ₂ … λ{_subscript(len(curves))}" if i == 1 and len(curves) > 2 else None
-        label = "λ₂" if i == 1 and len(curves) == 2 else label
-        axes.plot(
-            epochs,
-            curves[i],
-            marker=marker,
-            markersize=4 if i == 0 else 2.5,
-            linewidth=2 if i == 0 else 1,
-            color="C0",
-            alpha=1 if i == 0 else shade * 0.7,
-            label=label,
-        )
+    for i, curve in reversed(list(enumerate(curves))):  # the largest on top
+        style = {"markersize": 4, "linewidth": 2} if i == 0 else {"markersize": 2, "linewidth": 1}
+        label = ("λ₁, the largest", "the next" if len(curves) > 2 else "λ₂")[i] if i < 2 else None
+        axes.plot(epochs, curve, "o-", color="C0", alpha=1 if i == 0 else 0.4, label=label, **style)
     thresholds = [2 / record["lr"] for record in records]
     # A level per epoch, from its start to its end: the value of an epoch is that at its end.
     edges = [epochs[0] - 1, *epochs]
@@ -48,19 +37,15 @@ def track(records: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> 
     finite = [value for curve in curves for value in curve if not math.isnan(value)]
     if finite and min(finite) > 0:
         axes.set_yscale("log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("epoch")
     axes.set_ylabel("Hessian eigenvalue of the training loss")
     missing = sum(None in record["eigenvalues"] for record in records)
     note = f" ({missing} epochs not converged)" if missing else ""
     axes.set_title(f"{title or 'Sharpness along training'}{note}", fontsize=10)
     handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: ("2/lr" in labels[i], labels[i]))
+    order = sorted(range(len(labels)), key=lambda i: (labels[i] == "2/lr", "λ₁" not in labels[i]))
     axes.legend([handles[i] for i in order], [labels[i] for i in order], frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=200, format="png")
-
-
-def _subscript(number: int) -> str:
-    return "".join("₀₁₂₃₄₅₆₇₈₉"[int(digit)] for digit in str(number))
