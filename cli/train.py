@@ -1,5 +1,6 @@
 """`samlite train`."""
 
+import json
 import os
 import threading
 from pathlib import Path
@@ -13,6 +14,7 @@ from samlite.cli.options import OPTIMIZERS, json_option, measures, read_recipe, 
 
 if TYPE_CHECKING:
     from samlite.config import Config
+    from samlite.training import EpochRecord
 
 
 @click.command(short_help="Train one network.")
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of the minimum: eigenvalues, moments (of the samples' Hessians), or none.",
 )
+@click.option("--track", type=click.IntRange(min=1), metavar="K", help="Record the top K Hessian eigenvalues an epoch.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; default runs/TASK-OPTIMIZER-wN-sN.")
 @click.option("--resume/--no-resume", default=True, help="Continue what is in the folder, or insist on an empty one.")
 @json_option
@@ -51,10 +54,12 @@ def train(
       samlite train --width 64
       samlite train digits --width 128 --optimizer sam --rho 0.1 --seed 1
       samlite train mnist --data path/to/parquet --epochs 10 --schedule cosine
+      samlite train --width 64 --momentum 0 --track 1
 
     Repeat the command to continue a run that was stopped; it ends as if it had never been. `samlite tasks
     TASK` shows the recipe, and the folder of the run holds config.json, metrics.jsonl, checkpoint.pt,
-    model.safetensors and result.json.
+    model.safetensors and result.json. With --track each line of metrics.jsonl has the eigenvalues of the
+    training loss's Hessian after that epoch, and track.png shows them beside 2/lr.
     """
     if stop_with_stdin:
         threading.Thread(target=_stop_with_stdin, daemon=True).start()
@@ -64,6 +69,8 @@ def train(
     folder = out or Path("runs") / f"{task}-{settings.name}"
     with progress() as bar:
         _train(settings, folder, resume, bar)
+        if settings.track:
+            _draw(settings, folder)
         converged = _measure(settings, folder, measure, bar)
     found = _found(folder)
     if as_json:
@@ -82,9 +89,34 @@ def _train(settings: "Config", folder: Path, resume: bool, bar: Progress) -> Non
     work = bar.add_task(f"{settings.name}: loading", total=settings.epochs)
     for record in training.train(settings, folder, resume):
         score = metric(record.validation_metric, name)
-        status = f"{settings.name}: loss {record.train_loss:.3g}, validation {score}"
+        status = f"{settings.name}: loss {record.train_loss:.3g}, validation {score}{_sharpness(record)}"
         bar.update(work, completed=record.epoch, description=status)
     bar.remove_task(work)
+
+
+def _sharpness(record: "EpochRecord") -> str:
+    """The largest eigenvalue where it is tracked, beside the threshold of gradient descent."""
+    from samlite.training import TrackedRecord
+
+    if not isinstance(record, TrackedRecord):
+        return ""
+    largest = record.eigenvalues[0]
+    value = "not converged" if largest is None else f"{largest:.3g}"
+    return f", λ {value} (2/lr {2 / record.lr:.3g})"
+
+
+def _draw(settings: "Config", folder: Path) -> None:
+    """The figure of a finished run with tracked eigenvalues, unless it is there; without matplotlib, how to get it."""
+    from samlite import figures
+
+    path = folder / "track.png"
+    if path.exists():
+        return
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    try:
+        figures.track(records, path, f"{settings.task}, {settings.name}: sharpness along training")
+    except ImportError as error:
+        click.echo(f"No track.png: {error}; then repeat the command", err=True)
 
 
 def _measure(settings: "Config", folder: Path, measure: tuple[str, ...], bar: Progress) -> bool:

@@ -36,6 +36,7 @@ class Config:
     seed: int
     data: str | None
     device: str
+    track: int = 0  # largest Hessian eigenvalues recorded after every epoch
 
     def __post_init__(self) -> None:
         task = tasks.get(self.task)
@@ -56,6 +57,7 @@ class Config:
         _check_integer("threads", self.threads, 1)
         _check_integer("seed", self.seed, 0)
         _check_device(self.device)
+        _check_integer("track", self.track, 0)
         if self.optimizer != "sam" and self.rho:
             raise ValueError(f"rho must be 0 without SAM, got {self.rho}; use optimizer sam")
         if self.optimizer != "sam" and self.base != self.optimizer:
@@ -112,6 +114,7 @@ class Config:
     def from_json(cls, document: Mapping[str, Any], origin: object) -> "Config":
         """The config in a JSON object, which may hold more. Raises ValueError naming its origin."""
         try:
+            document = {"track": 0, **document}
             values = {field.name: document[field.name] for field in fields(cls)}
             return cls(**{**values, "milestones": tuple(values["milestones"])})
         except KeyError as error:
@@ -120,7 +123,9 @@ class Config:
             raise ValueError(f"{origin} does not describe a run: {error}") from None
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "milestones": list(self.milestones)}
+        """Every field but a `track` of 0, as written before there was one."""
+        document = {**asdict(self), "milestones": list(self.milestones)}
+        return document if self.track else {name: value for name, value in document.items() if name != "track"}
 
     @property
     def name(self) -> str:

@@ -30,11 +30,14 @@ from samlite.checkpoints import (
     write_lines,
 )
 from samlite.config import Config, usable_device
+from samlite.hessian import Hessian
+from samlite.measure import SAMPLES, _drawn
 from samlite.models import parameter_count
 from samlite.sam import SAM
 from samlite.tasks import Splits, Task, TensorData
+from samlite.tracking import Tracker
 
-__all__ = ["Config", "EpochRecord", "Run", "TrainingError", "load_run", "train"]
+__all__ = ["Config", "EpochRecord", "Run", "TrackedRecord", "TrainingError", "load_run", "train"]
 
 CHUNK = 4096  # samples evaluated at once
 SAVE_EVERY = 1.0  # seconds between checkpoints, where epochs are shorter: a stop costs no more than that
@@ -59,6 +62,14 @@ class EpochRecord:
 
 
 @dataclass(frozen=True)
+class TrackedRecord(EpochRecord):
+    """With the largest eigenvalues of the Hessian of the training loss (without weight decay)."""
+
+    eigenvalues: list[float | None]  # largest first; None for one that did not converge
+    products: int  # Hessian-vector products that they took
+
+
+@dataclass(frozen=True)
 class Run:
     """A finished run: its final weights in evaluation mode, on the same device as its data."""
 
@@ -72,7 +83,10 @@ class Run:
 def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[EpochRecord]:
     """Train in the folder `out` and yield a record an epoch; the result is there when the iterator ends.
 
-    A run that was stopped goes on from its last epoch; a finished one yields nothing.
+    A run that was stopped goes on from its last epoch; a finished one yields nothing. With `config.track` the records
+    are `TrackedRecord`s, measured on the training samples (at most 8,192, drawn by the seed) in evaluation mode.
+    Training itself is the same to the last bit. `Tracker` says what is in memory; the checkpoint grows by track + 1
+    vectors of the number of parameters.
 
     Raises:
         ValueError: `out` holds another run or something else, or with resume=False anything at all.
@@ -91,10 +105,11 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
         model = _initial_model(task, config).to(device)
         optimizer = _optimizer(model, config)
         order = torch.Generator().manual_seed(config.seed)
+        tracker = _tracker(model, task, data.train, config) if config.track else None
         records: list[EpochRecord] = []
         best: dict[str, Any] = {}
         if (out / "checkpoint.pt").exists():
-            records, best = _restore(out / "checkpoint.pt", model, optimizer, order)
+            records, best = _restore(out / "checkpoint.pt", model, optimizer, order, tracker)
             write_lines(out / "metrics.jsonl", map(asdict, records))
         elif not (out / "config.json").exists():
             write_json(out / "config.json", {**config.to_json(), **_environment()})
@@ -127,18 +142,18 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
                 raise TrainingError(
                     f"the loss is no longer finite in epoch {epoch} at lr {lr:g}; try a smaller lr, in another folder"
                 )
-            records.append(
-                EpochRecord(
-                    epoch,
-                    train_loss,
-                    train_metric,
-                    validation_loss,
-                    validation_metric,
-                    lr,
-                    gradient_evaluations,
-                    seconds_before + time.perf_counter() - started,
-                )
+            tracked = tracker.measure() if tracker else None
+            record = EpochRecord(
+                epoch,
+                train_loss,
+                train_metric,
+                validation_loss,
+                validation_metric,
+                lr,
+                gradient_evaluations,
+                seconds_before + time.perf_counter() - started,
             )
+            records.append(TrackedRecord(**vars(record), **tracked) if tracked else record)
             if max(records, key=lambda r: task.rank(r.validation_metric, r.validation_loss)) is records[-1]:
                 _, test_metric = evaluate(model, task, data.test)
                 best = {"epoch": epoch, "validation_metric": validation_metric, "test_metric": test_metric}
@@ -149,6 +164,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
                     "order": order.get_state(),
                     "records": [asdict(record) for record in records],
                     "best": best,
+                    **({"tracker": tracker.state_dict()} if tracker else {}),
                 }
                 save_checkpoint(out / "checkpoint.pt", state)
                 write_lines(out / "metrics.jsonl", map(asdict, records))
@@ -215,6 +231,14 @@ def _optimizer(model: nn.Module, config: Config) -> Any:  # whose step returns t
     return base(model.parameters(), **options)
 
 
+def _tracker(model: nn.Module, task: Task, data: TensorData, config: Config) -> Tracker:
+    parameters = parameter_count(model)
+    if config.track > parameters:
+        raise ValueError(f"track must be <= the number of parameters, {parameters}, got {config.track}")
+    samples = _drawn((data.inputs, data.targets), SAMPLES, config.seed)
+    return Tracker(Hessian(model, task.loss, samples), config.track)
+
+
 def _check_folder(out: Path, config: Config, resume: bool) -> None:
     """Raise ValueError unless the folder is empty or, to resume, holds this very run."""
     if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
@@ -223,23 +247,28 @@ def _check_folder(out: Path, config: Config, resume: bool) -> None:
         raise ValueError(f"{out} must be empty without resuming; choose another folder or delete this one")
     if not (out / "config.json").exists():
         raise ValueError(f"{out} must be empty or hold a run, but it has no config.json; choose another folder")
-    found = Config.from_json(read_json(out / "config.json"), out / "config.json").to_json()
+    found = Config.from_json(read_json(out / "config.json"), out / "config.json")
     differences = [
-        f"{name} {found[name]} there, {value} now" for name, value in config.to_json().items() if found[name] != value
+        f"{name} {value} there, {getattr(config, name)} now"
+        for name, value in vars(found).items()
+        if value != getattr(config, name)
     ]
     if differences:
         raise ValueError(f"{out} holds another run ({'; '.join(differences)}); choose another folder")
 
 
 def _restore(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, order: torch.Generator
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, order: torch.Generator, tracker: Tracker | None
 ) -> tuple[list[EpochRecord], dict[str, Any]]:
     state = load_checkpoint(path)
+    kind = TrackedRecord if tracker else EpochRecord
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         order.set_state(state["order"])
-        return [EpochRecord(**record) for record in state["records"]], dict(state["best"])
+        if tracker:
+            tracker.load_state_dict(state["tracker"])
+        return [kind(**record) for record in state["records"]], dict(state["best"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint of this run; delete it to start afresh") from error
 
