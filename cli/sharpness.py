@@ -1,13 +1,18 @@
 """`samlite sharpness`."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.text import Text
 
 from samlite.cli.console import print_json, progress, stdout, table
 from samlite.cli.options import existing, json_option
+
+if TYPE_CHECKING:
+    from samlite.hessian import Hessian
+    from samlite.measure import Subject
 
 
 @click.command(short_help="Measure Hessian eigenvalues at a minimum.")
@@ -21,9 +26,25 @@ from samlite.cli.options import existing, json_option
     help="The largest, the smallest, or the largest in magnitude.",
 )
 @click.option("--method", type=click.Choice(["lanczos", "power"]), default="lanczos", show_default=True)
-@click.option("--tol", type=float, default=1e-3, show_default=True, help="Relative error asked for.")
+@click.option("--tol", type=float, default=1e-3, show_default=True, help="Relative error of eigenvalues and moments.")
 @click.option("--verify/--no-verify", default=True, help="Search for eigenvalues that were missed.")
 @click.option("--moments", is_flag=True, help="Also the non-uniformity s_2, s_3, s_4 of the samples' Hessians.")
+@click.option("--stability", is_flag=True, help="Also whether SGD or SAM of --lr and --rho stays at this minimum.")
+@click.option("--lr", type=float, help="For --stability; default that of the run.")
+@click.option("--rho", type=float, help="For --stability; default that of the run, else 0 (SGD).")
+@click.option("--trace", is_flag=True, help="Also the trace, the Frobenius norm and the sharpness along the gradient.")
+@click.option("--density", is_flag=True, help="Also the spectral density, as a figure.")
+@click.option(
+    "--figure", type=click.Path(path_type=Path), help="Of --density; default density.png in the run's folder."
+)
+@click.option("--blocks", is_flag=True, help="Also the largest eigenvalue and the trace of every layer.")
+@click.option(
+    "--curvature",
+    type=click.Choice(["hessian", "ggn"]),
+    default="hessian",
+    show_default=True,
+    help="The Hessian, or its Gauss-Newton part, which has no negative eigenvalues.",
+)
 @click.option("--params", metavar="GLOB", help="Only parameters of this name, such as 'layer3.*'.")
 @click.option(
     "--mode",
@@ -32,7 +53,11 @@ from samlite.cli.options import existing, json_option
     show_default=True,
     help="Batch norm with running statistics, or with those of the batch.",
 )
-@click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float64"]),
+    help="Default float64 for --moments and --stability, else float32.",
+)
 @click.option("--device", help="cpu, cuda, cuda:1, mps; default that of the run, else cpu.")
 @click.option("--samples", type=int, help="How many samples to measure on; of a run at most 8192 by default.")
 @click.option("--memory", metavar="SIZE", help="Bound of the kept graphs, such as 2GB; default half of what is free.")
@@ -52,10 +77,13 @@ def sharpness(
     method: Any,
     tol: float,
     verify: bool,
-    moments: bool,
+    lr: float | None,
+    rho: float | None,
+    figure: Path | None,
+    curvature: str,
     params: str | None,
-    mode: Any,
-    dtype: str,
+    mode: str,
+    dtype: str | None,
     device: str | None,
     samples: int | None,
     memory: str | None,
@@ -64,6 +92,7 @@ def sharpness(
     loss: str | None,
     save_vectors: Path | None,
     as_json: bool,
+    **wanted: bool,
 ) -> None:
     """Measure the eigenvalues of the loss Hessian at a minimum: of a run's folder, or of anyone's
     checkpoint (.pt, .pth, .safetensors), from which weights are read and nothing is executed.
@@ -72,67 +101,113 @@ def sharpness(
     Examples:
       samlite sharpness runs/digits-sgd-w64-s0
       samlite sharpness runs/digits-sgd-w64-s0 --top 1 --which SA --dtype float64
-      samlite sharpness runs/digits-sgd-w64-s0 --moments
+      samlite sharpness runs/digits-sgd-w64-s0 --moments --trace --density --blocks
+      samlite sharpness runs/digits-sgd-w64-s0 --stability --curvature ggn
       samlite sharpness resnet.pt --model nets:resnet20 --data nets:batches --top 10
 
-    Each value comes with a bound on its error. With --moments: how much the Hessians H_i of single samples
-    differ, as s_k = lambda_max(M_k - H^k)^(1/k) with M_k the mean of H_i^k, in the unit of an eigenvalue.
-    Exit status 1 where a value is not as exact as --tol asks, or where the search for missed eigenvalues did
-    not finish. The measurement of a run is kept in its sharpness.json.
+    Each value comes with a bound on its error, or with a standard error where it is an estimate. Exit status 1
+    where a value is not as exact as --tol asks, or where the search for missed eigenvalues did not finish.
+    The measurement of a run is kept in its sharpness.json.
     """
-    from samlite.measure import as_record, checkpoint_subject, moments_record, run_subject
-
-    if samples is not None and samples < 1:
-        raise ValueError(f"--samples must be >= 1, got {samples}")
-    if source.is_dir():
-        foreign = [name for name, value in (("--model", model), ("--data", data), ("--loss", loss)) if value]
-        if foreign:
-            raise ValueError(f"{foreign[0]} must go with a checkpoint file, got the folder {source}; leave it out")
-        subject = run_subject(source, samples, device)
-    else:
-        if not (model and data):
-            raise ValueError(
-                f"a checkpoint needs --model pkg.mod:factory and --data pkg.mod:batches, got the file {source}"
-            )
-        subject = checkpoint_subject(source, model, data, loss or "cross_entropy", samples, device)
+    _check_options(source, samples, lr, rho, figure, wanted, {"--model": model, "--data": data, "--loss": loss})
+    subject = _subject(source, samples, device, model, data, loss)
+    lr, rho = lr if lr is not None else subject.lr, rho if rho is not None else subject.rho
+    if wanted["stability"] and lr is None:
+        raise ValueError("--stability of a checkpoint needs --lr, got none; give the learning rate of its training")
+    precise = wanted["moments"] or wanted["stability"]
+    dtype = dtype or ("float64" if precise and device != "mps" else "float32")
+    settings = {"mode": mode, "dtype": dtype, "curvature": curvature}
 
     with progress() as bar:
         work = bar.add_task("measuring", total=None)
+        name = "eigenvalues"
 
         def show(products: int, error: float) -> None:
-            status = f"products H v; error {error:.2g} of what is allowed"
-            bar.update(work, completed=products, description=status)
+            bar.update(work, completed=products, description=f"products, {name}; error {error:.2g} of what is allowed")
 
-        hessian = subject.hessian(dtype, params=params, memory=memory, mode=mode)
+        hessian = subject.hessian(dtype, params=params, memory=memory, mode=mode, curvature=curvature)
         found = hessian.eigenvalues(
             top, which, method, tol=tol, verify=verify, vectors=save_vectors is not None, progress=show
         )
-        spread = hessian.moments(tol=tol, progress=show) if moments else None
-    record = as_record(subject, found, which, mode=mode, dtype=dtype, measured_parameters=hessian.shape[0])
-    if spread is not None:
-        record["moments"] = moments_record(spread)
-    if source.is_dir() and which == "LA" and params is None and mode == "eval" and samples is None:
-        from samlite.checkpoints import write_json
+        more: dict[str, Any] = {}
+        for name, measure in _measurements(hessian, tol, lr, rho, show):
+            if wanted[name]:
+                more[name] = measure()
 
-        write_json(source / "sharpness.json", record)
+    from samlite.measure import as_record, document
+
+    record = as_record(subject, found, which, measured_parameters=hessian.shape[0], **settings)
+    record |= {name: document(value) for name, value in more.items()}
+    if source.is_dir() and which == "LA" and params is None and samples is None and mode == "eval":
+        _keep(source / "sharpness.json", record)
     if save_vectors is not None:
         _save(save_vectors, found)
+    drawn = _draw(source, figure, more.get("density"))
     if as_json:
         print_json({**record, "gradient_evaluations": found.gradient_evaluations})
     else:
-        _show(source, record, found)
-        if spread is not None:
-            _show_moments(spread)
-    if spread is not None and not spread.converged:
-        raise RuntimeError(f"not all moments are as exact as --tol {tol:g} asks; {_advice(dtype)}")
-    if not found.converged:
-        raise RuntimeError(f"not all of the {top} values are as exact as --tol {tol:g} asks; {_advice(dtype)}")
-    if found.complete is False:
-        raise RuntimeError("the search for missed eigenvalues did not finish; ask for fewer with --top")
+        _show(source, record, found, more, drawn)
+    _check_results(found, more, top, tol, dtype)
 
 
-def _advice(dtype: str) -> str:
-    return "raise --tol, or measure with --dtype float64" if dtype == "float32" else "raise --tol"
+def _check_options(
+    source: Path,
+    samples: int | None,
+    lr: float | None,
+    rho: float | None,
+    figure: Path | None,
+    wanted: dict[str, bool],
+    checkpoint: dict[str, str | None],
+) -> None:
+    if samples is not None and samples < 1:
+        raise ValueError(f"--samples must be >= 1, got {samples}")
+    for name, value, needed in (
+        ("--lr", lr, "stability"),
+        ("--rho", rho, "stability"),
+        ("--figure", figure, "density"),
+    ):
+        if value is not None and not wanted[needed]:
+            raise ValueError(f"{name} must go with --{needed}, got {value}; leave it out, or add --{needed}")
+    given = [name for name, value in checkpoint.items() if value]
+    if source.is_dir() and given:
+        raise ValueError(f"{given[0]} must go with a checkpoint file, got the folder {source}; leave it out")
+    if not source.is_dir() and not {"--model", "--data"} <= set(given):
+        raise ValueError(
+            f"a checkpoint needs --model pkg.mod:factory and --data pkg.mod:batches, got the file {source}"
+        )
+
+
+def _subject(
+    source: Path, samples: int | None, device: str | None, model: str | None, data: str | None, loss: str | None
+) -> "Subject":
+    from samlite.measure import checkpoint_subject, run_subject
+
+    if source.is_dir():
+        return run_subject(source, samples, device)
+    assert model and data
+    return checkpoint_subject(source, model, data, loss or "cross_entropy", samples, device)
+
+
+def _measurements(
+    hessian: "Hessian", tol: float, lr: float | None, rho: float, show: Callable[[int, float], None]
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What may be measured beside the eigenvalues, by the name of its option."""
+    yield "moments", lambda: hessian.moments(tol=tol, progress=show)
+    yield "stability", lambda: hessian.stability(lr or 0, rho, tol=tol, progress=show)
+    yield (
+        "trace",
+        lambda: {"sharpness": hessian.sharpness(progress=show), "frobenius": hessian.frobenius(progress=show)},
+    )
+    yield "density", lambda: hessian.density(progress=show)
+    yield "blocks", lambda: hessian.blocks(progress=show)
+
+
+def _keep(path: Path, record: dict[str, Any]) -> None:
+    """Beside what was measured earlier at the same minimum, as the weights of a finished run do not change."""
+    from samlite.checkpoints import read_json, write_json
+
+    earlier = read_json(path) if path.exists() else {}
+    write_json(path, {**(earlier if earlier.get("curvature", "hessian") == record["curvature"] else {}), **record})
 
 
 def _save(path: Path, found: Any) -> None:
@@ -145,37 +220,150 @@ def _save(path: Path, found: Any) -> None:
         beside.write_bytes(save(tensors))
 
 
-def _show_moments(found: Any) -> None:
-    view = table("how much the Hessians of single samples differ", "", ">value", "meaning")
-    view.add_row("a", f"{found.sharpness:.6g}", "sharpness: the largest eigenvalue of their mean")
-    for k, value in found.nonuniformity.items():
-        nth = {2: "2nd", 3: "3rd"}.get(k, f"{k}th")
-        view.add_row(f"s_{k}", f"{value:.6g}", f"spread of their {nth} powers about that of the mean")
-    stdout.print(view)
-    note = f"; one sample at a time, as there is no rule for {found.fallback}" if found.fallback else ""
-    work = f"{found.matvecs} products, the work of {found.gradient_evaluations:.0f} gradients"
-    stdout.print(Text(f"{work}, {found.seconds:.2f} s{note}"))
+def _draw(source: Path, figure: Path | None, density: Any) -> Path | None:
+    """The figure of the density, unless there is no place for it or no matplotlib."""
+    path = figure or (source / "density.png" if source.is_dir() else None)
+    if density is None or path is None:
+        return None
+    from samlite import figures
+
+    try:
+        figures.density(density, path, str(source))
+    except ImportError as error:
+        if figure:
+            raise
+        click.echo(f"No {path.name}: {error}", err=True)
+        return None
+    return path
 
 
-def _show(source: Path, record: dict[str, Any], found: Any) -> None:
+def _check_results(found: Any, more: dict[str, Any], top: int, tol: float, dtype: str) -> None:
+    advice = "raise --tol, or measure with --dtype float64" if dtype == "float32" else "raise --tol"
+    for name in ("moments", "stability"):
+        if name in more and not more[name].converged:
+            raise RuntimeError(f"the {name} are not as exact as --tol {tol:g} asks; {advice}")
+    if not found.converged:
+        raise RuntimeError(f"not all of the {top} values are as exact as --tol {tol:g} asks; {advice}")
+    if found.complete is False:
+        raise RuntimeError("the search for missed eigenvalues did not finish; ask for fewer with --top")
+
+
+# --- On screen
+
+
+def _show(source: Path, record: dict[str, Any], found: Any, more: dict[str, Any], drawn: Path | None) -> None:
     names = {"LA": "largest", "SA": "smallest", "LM": "largest in magnitude"}
-    which = record["eigenvalues"]["which"]
-    view = table(f"{source}: {names[which]} Hessian eigenvalues", ">", ">eigenvalue", ">error at most")
+    which, matrix = record["eigenvalues"]["which"], {"hessian": "Hessian", "ggn": "Gauss-Newton"}[record["curvature"]]
+    view = table(f"{source}: {names[which]} {matrix} eigenvalues", ">", ">eigenvalue", ">error at most")
     for i, (value, error) in enumerate(zip(found.values.tolist(), found.errors.tolist(), strict=True), 1):
         view.add_row(str(i), f"{value:.6g}", f"{error:.1g}")
     stdout.print(view)
-    samples = "all batches" if record["samples"] is None else f"{record['samples']:,} samples"
-    if record["samples"] != record["available"]:
-        samples += f" of {record['available']:,}"
     complete = {
         True: "none was missed",
         False: "whether one was missed is not known: the search did not finish",
         None: "not searched for missed ones (--verify)",
     }[found.complete]
+    samples = "all batches" if record["samples"] is None else f"{record['samples']:,} samples"
+    if record["samples"] != record["available"]:
+        samples += f" of {record['available']:,}"
     stdout.print(
         Text(
             f"{complete}; {record['measured_parameters']:,} parameters, {samples}, {record['mode']} mode, "
-            f"{record['dtype']}; {found.matvecs} products, the work of {found.gradient_evaluations:.0f} gradients, "
-            f"{found.seconds:.2f} s"
+            f"{record['dtype']}; {_work(found)}"
         )
     )
+    rows = [row for name, rows in _ROWS.items() if name in more for row in rows(more[name])]
+    if rows:
+        view = table("more about this minimum", "", ">value", ">±", "meaning")
+        for row in rows:
+            view.add_row(*row)
+        stdout.print(view)
+        stdout.print(Text(_notes(more)))
+    if "blocks" in more:
+        _show_blocks(more["blocks"])
+    if drawn:
+        stdout.print(Text(f"figure: {drawn}"))
+
+
+def _work(found: Any) -> str:
+    return f"{found.matvecs} products, the work of {found.gradient_evaluations:.0f} gradients, {found.seconds:.2f} s"
+
+
+def _moments_rows(found: Any) -> Iterator[tuple[str, str, str, str]]:
+    yield "a", f"{found.sharpness:.6g}", f"{found.errors[1]:.1g}", "sharpness: largest eigenvalue of the mean Hessian"
+    for k, value in found.nonuniformity.items():
+        nth = {2: "2nd", 3: "3rd"}.get(k, f"{k}th")
+        error = f"{found.errors[k] / (k * value ** (k - 1)):.1g}" if value else ""
+        yield f"s_{k}", f"{value:.6g}", error, f"how much the samples' Hessians differ, by their {nth} powers"
+
+
+def _stability_rows(found: Any) -> Iterator[tuple[str, str, str, str]]:
+    method = f"SAM of rho {found.rho:g}" if found.rho else "SGD"
+    yield found.verdict, f"lr {found.lr:g}", "", f"whether {method}, one sample a step, stays here"
+    yield "max lr", f"{found.max_lr:.6g}", f"{found.max_lr_error:.1g}", "the largest stable learning rate"
+    yield "margin", f"{found.margin:.4g}", f"{found.error:.1g}", "negative: deviations shrink in mean square"
+    for formula, bound in found.bounds.items():
+        meaning = "always needed" if "a (" in formula else "needed where every M_k >= H^k"
+        yield formula, f"{bound.value:.4g}", "", f"{meaning}: at most {bound.limit:.4g}, slack {bound.slack:.4g}"
+
+
+def _trace_rows(found: Any) -> Iterator[tuple[str, str, str, str]]:
+    sharpness, frobenius = found["sharpness"], found["frobenius"]
+    yield "trace", f"{sharpness.average:.4g}", f"{1.96 * sharpness.average_stderr:.1g}", "sum of all eigenvalues"
+    yield "Frobenius", f"{frobenius.value:.4g}", f"{1.96 * frobenius.stderr:.1g}", "root of the sum of their squares"
+    yield "ascent", f"{sharpness.ascent:.4g}", "", "curvature along the gradient"
+    yield "ascent, samples", f"{sharpness.ascent_samples:.4g}", "", "mean over samples, along the gradient of each"
+
+
+def _density_rows(found: Any) -> Iterator[tuple[str, str, str, str]]:
+    weights, nodes = found.weights, found.nodes
+    shares = (
+        ("below 0", nodes < -found.width),
+        ("near 0", nodes.abs() <= found.width),
+        ("above 0", nodes > found.width),
+    )
+    for name, inside in shares:
+        each = (weights * inside).sum(1)
+        spread = 1.96 * float(each.std()) / found.probes**0.5
+        meaning = f"share of all eigenvalues; 0 to within {found.width:.2g}"
+        yield name, f"{100 * float(each.mean()):.2f} %", f"{100 * spread:.1g}", meaning
+
+
+_ROWS: dict[str, Callable[[Any], Iterator[tuple[str, str, str, str]]]] = {
+    "moments": _moments_rows,
+    "stability": _stability_rows,
+    "trace": _trace_rows,
+    "density": _density_rows,
+}
+
+
+def _notes(more: dict[str, Any]) -> str:
+    results = [found for name, found in more.items() if name in ("moments", "stability", "density")]
+    if "trace" in more:
+        results += more["trace"].values()
+    products = sum(found.matvecs for found in results)
+    seconds = sum(found.seconds for found in results)
+    notes = [f"{products} more products, {seconds:.2f} s"]
+    notes += [f"no rule for {op}: one sample at a time" for op in {getattr(r, "fallback", None) for r in results} if op]
+    if "stability" in more and more["stability"].verdict == "not a minimum":
+        notes.append("negative curvature: measure stability with --curvature ggn")
+    if "trace" in more:
+        notes += more["trace"]["sharpness"].notes
+        notes.append("± of trace, norm and density: 95 % interval")
+        notes += [f"{name} not to 5 %" for name, r in more["trace"].items() if not r.converged]
+    return "; ".join(notes)
+
+
+def _show_blocks(blocks: dict[str, Any]) -> None:
+    view = table("layer by layer", "layer", ">parameters", ">λ_max", ">error", ">trace", ">±")
+    for name, block in blocks.items():
+        values, trace = block.eigenvalues, block.trace
+        view.add_row(
+            name,
+            f"{block.parameters:,}",
+            f"{float(values.values[0]):.4g}",
+            f"{float(values.errors[0]):.1g}",
+            f"{trace.value:.4g}",
+            f"{1.96 * trace.stderr:.1g}",
+        )
+    stdout.print(view)

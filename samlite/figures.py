@@ -3,9 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from samlite.checkpoints import replacing
+
+if TYPE_CHECKING:
+    from samlite.operator import Density
 
 
 def track(records: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
@@ -27,7 +30,7 @@ def track(records: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> 
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for i, curve in reversed(list(enumerate(curves))):  # the largest on top
-        style = {"markersize": 4, "linewidth": 2} if i == 0 else {"markersize": 2, "linewidth": 1}
+        style: dict[str, Any] = {"markersize": 4, "linewidth": 2} if i == 0 else {"markersize": 2, "linewidth": 1}
         label = ("λ₁, the largest", "the next" if len(curves) > 2 else "λ₂")[i] if i < 2 else None
         axes.plot(epochs, curve, "o-", color="C0", alpha=1 if i == 0 else 0.4, label=label, **style)
     thresholds = [2 / record["lr"] for record in records]
@@ -49,3 +52,32 @@ def track(records: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> 
     axes.spines[["top", "right"]].set_visible(False)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=200, format="png")
+
+
+def density(found: "Density", path: Path, title: str = "") -> None:
+    """Draw the spectral density on a logarithmic axis, with its 95 % interval; the file's suffix decides the format."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("a figure needs matplotlib: pip install 'samlite[plot]'") from error
+    grid, middle, half = found.grid.numpy(), found.density.numpy(), 1.96 * found.stderr.numpy()
+    # A quadrature rule with so few nodes says nothing about densities below those of a thousandth of an eigenvalue.
+    floor = 1e-6 * middle.max()
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.fill_between(
+        grid, (middle - half).clip(floor), (middle + half).clip(floor), color="C0", alpha=0.25, linewidth=0
+    )
+    axes.plot(grid, middle.clip(floor), color="C0", linewidth=1.5)
+    axes.axvline(0, color="0.6", linewidth=1, linestyle="--")
+    axes.set_yscale("log")
+    axes.set_ylim(floor, 3 * middle.max())
+    axes.set_xlabel("eigenvalue")
+    axes.set_ylabel("spectral density")
+    axes.set_title(f"{title + ': ' if title else ''}{found.probes} probes, smoothed by {found.width:.2g}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    kind = path.suffix.removeprefix(".")
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise ValueError(f"figure must end in a format such as .png or .pdf, got {path}")
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=200, format=kind)

@@ -6,9 +6,10 @@ Nothing in a checkpoint is executed: weights are read as tensors only.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,6 @@ from samlite.checkpoints import load_weights, read_json, write_json
 from samlite.config import usable_device
 from samlite.hessian import Hessian
 from samlite.losses import is_pair
-from samlite.moments import Moments
 from samlite.operator import Eigenvalues, Progress
 from samlite.sweep import measured
 
@@ -39,6 +39,8 @@ class Subject:
     data: Any
     samples: int | None  # measured; None where the data do not say
     available: int | None  # in the data
+    lr: float | None = None  # that the run was trained with
+    rho: float = 0.0
 
     def hessian(self, dtype: str = "float32", **options: Any) -> Hessian:
         """The Hessian in this type; the data follow the model."""
@@ -52,7 +54,7 @@ def run_subject(folder: Path, samples: int | None = None, device: str | None = N
     run = load_run(folder, device)
     data = run.data.train
     pair = _drawn((data.inputs, data.targets), SAMPLES if samples is None else samples, run.config.seed)
-    return Subject(run.model, run.task.loss, pair, len(pair[0]), len(data))
+    return Subject(run.model, run.task.loss, pair, len(pair[0]), len(data), run.config.lr, run.config.rho)
 
 
 def checkpoint_subject(
@@ -111,7 +113,7 @@ def measure_run(folder: Path, moments: bool = False, progress: Progress | None =
         # A sample that is fitted well has an output gradient of rounding errors in float32, and so have its powers.
         dtype = "float32" if any(p.device.type == "mps" for p in subject.model.parameters()) else "float64"
         found = subject.hessian(dtype).moments(progress=progress)
-        record["moments"] = {**moments_record(found), "dtype": dtype}
+        record["moments"] = {**document(found), "dtype": dtype}
     write_json(path, record)
 
 
@@ -137,18 +139,18 @@ def as_record(subject: Subject, found: Eigenvalues, which: str = "LA", **setting
     }
 
 
-def moments_record(found: Moments) -> dict[str, Any]:
-    """Moments as JSON; keys are orders."""
-    return {
-        "unit": found.unit,
-        "sharpness": found.sharpness,
-        "nonuniformity": {str(k): s for k, s in found.nonuniformity.items()},
-        "powers": {str(k): power for k, power in found.powers.items()},
-        "errors": {str(k): error for k, error in found.errors.items()},
-        "converged": found.converged,
-        "fallback": found.fallback,
-        "matvecs": found.matvecs,
-    }
+def document(result: Any) -> Any:
+    """A result as JSON: its fields without times, tensors as lists, and None for what is not a number."""
+    if isinstance(result, dict):
+        return {str(key): document(value) for key, value in result.items()}
+    if is_dataclass(result) and not isinstance(result, type):
+        names = [field.name for field in fields(result) if field.name not in ("seconds", "gradient_evaluations")]
+        return {name: document(getattr(result, name)) for name in names}
+    if isinstance(result, Tensor):
+        return document(result.tolist())
+    if isinstance(result, list | tuple):
+        return [document(value) for value in result]
+    return None if isinstance(result, float) and not math.isfinite(result) else result
 
 
 def resolve(name: str, option: str) -> Any:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Verdict = Literal["stable", "unstable", "undecided", "not a minimum"]
 
+_NEWTON = 20  # it converges quadratically: 4 to 6 are usual
 _STEPS = 200  # of a Krylov space on the range of A: a smaller range is spanned, and its margin exact
 
 
@@ -130,15 +131,19 @@ class Analysis:
 
         The largest eigenvalue of B - mu A is convex in mu, positive below the wanted one and zero there.
         """
-        a, b = self.quotients(v)
-        mu = b / a
-        while True:
-            scale = mu * a
+        a, scale = self.quotients(v)
+        mu = scale / a
+        for _ in range(_NEWTON):
             excess, error, v = self.largest(-mu, 1, scale, start=v)
-            if excess <= 2 * self.tol * scale or not self.converged:
-                return mu, (max(excess, 0.0) + error) / a
+            if excess <= 2 * self.tol * scale:
+                break
             a, b = self.quotients(v)
+            if a <= 0:  # negative curvature that was lost in the error of the smallest eigenvalue of A
+                return math.nan, math.nan
             mu = b / a
+        else:
+            self.converged = False
+        return mu, (max(excess, 0.0) + error) / a
 
     def on_range(self, lr: float, scale: float) -> tuple[float, float]:
         """The largest eigenvalue of lr B - 2 A on the range of A, and its error, where none is positive.
@@ -177,11 +182,11 @@ def stability(
         opposite, opposite_error, _ = analysis.largest(-1, 0, scale)
         full, error, _ = analysis.largest(-2, lr, 2 * scale)
         convex = opposite <= opposite_error
-        margin = full
-        if convex and full <= error:
-            margin, error = analysis.on_range(lr, 2 * scale)
         mu, mu_error = analysis.pencil(top.vectors[:, 0]) if convex else (math.nan, math.nan)
         max_lr, max_lr_error = 2 / mu, 2 / mu * mu_error / mu
+        margin = full
+        if full <= error and lr < max_lr - max_lr_error:  # so it is not above zero
+            margin, error = analysis.on_range(lr, 2 * scale)
     else:  # no curvature at all moves nothing; none but negative curvature is no minimum
         convex = scale >= -float(top.errors[0])
         full = margin = 0.0

@@ -34,7 +34,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 def test_a_config_takes_the_recipe_then_the_overrides_then_the_choices() -> None:
     config = Config.of("digits", {"lr": 0.2, "epochs": 7}, lr=0.3, optimizer="sam")
-    assert (config.lr, config.epochs, config.rho, config.base) == (0.3, 7, 0.1, "sgd")
+    assert (config.lr, config.epochs, config.rho, config.base) == (0.3, 7, 0.2, "sgd")
     adam = Config.of("digits", {"rho": 0.5}, optimizer="adam")
     assert (adam.lr, adam.momentum, adam.rho) == (1e-3, 0, 0)  # fields of others do not apply
 
@@ -46,7 +46,7 @@ def test_a_config_survives_json() -> None:
 
 def test_the_name_of_a_run_tells_the_cells_of_a_sweep_apart() -> None:
     runs = [digits(optimizer=name, seed=seed) for name in ("sgd", "adam", "sam") for seed in (0, 1)]
-    runs += [digits(optimizer="sam", base="adam"), digits(optimizer="sam", rho=0.2), digits(width=9)]
+    runs += [digits(optimizer="sam", base="adam"), digits(optimizer="sam", rho=0.3), digits(width=9)]
     assert len({run.name for run in runs}) == len(runs)
 
 
