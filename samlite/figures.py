@@ -27,7 +27,7 @@ def track(records: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> 
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for i, curve in reversed(list(enumerate(curves))):  # the largest on top
-        style = {"markersize": 4, "linewidth": 2} if i == 0 else {"markersize": 2, "linewidth": 1}
+        style: dict[str, Any] = {"markersize": 4, "linewidth": 2} if i == 0 else {"markersize": 2, "linewidth": 1}
         label = ("λ₁, the largest", "the next" if len(curves) > 2 else "λ₂")[i] if i < 2 else None
         axes.plot(epochs, curve, "o-", color="C0", alpha=1 if i == 0 else 0.4, label=label, **style)
     thresholds = [2 / record["lr"] for record in records]

@@ -100,6 +100,9 @@ BAD_CALLS = {
     "train --config binary.toml": "binary.toml: ",
     "train --config thesis": "Is a directory: thesis",
     "train --measure moments": "'moments' is not 'eigenvalues'",
+    "train --track 0": "0 is not in the range x>=1",
+    "train --track x": "'x' is not a valid integer range",
+    "train --width 8 --track 588": "track must be <= the number of parameters, 587, got 588",
     "train --out file": "Not a directory: file",
     "train --out file/run": "Not a directory: file/run",
     "train --out thesis": "thesis must be empty or hold a run, but it has no config.json",
@@ -217,6 +220,28 @@ def test_train_prints_exactly_one_json_document(cli: Cli) -> None:
     document = json.loads(cli(*QUICK, "--optimizer", "sam", "--json").out)
     assert document["folder"] == "runs/digits-sam-rho0.1-w8-s0"
     assert document["config"]["rho"] == 0.1 and document["result"]["epochs"] == 2
+
+
+def test_train_tracks_eigenvalues_draws_them_and_prints_one_json_document(cli: Cli, workplace: Path) -> None:
+    pytest.importorskip("samlite._C")
+    pytest.importorskip("matplotlib")
+    ended = cli(*QUICK, "--track", "2", "--json", "--out", "tracked")
+    assert ended.status == 0 and ended.err == ""
+    assert json.loads(ended.out)["config"]["track"] == 2
+    assert (workplace / "tracked" / "track.png").read_bytes().startswith(b"\x89PNG")
+    lines = (workplace / "tracked" / "metrics.jsonl").read_text().splitlines()
+    assert all(len(json.loads(line)["eigenvalues"]) == 2 for line in lines)
+
+
+def test_without_matplotlib_a_tracked_run_says_how_to_get_its_figure(
+    cli: Cli, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("samlite._C")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    ended = cli(*QUICK, "--track", "1", "--out", "tracked")
+    assert ended.status == 0 and ended.err.count("\n") == 1
+    assert "No track.png: a figure needs matplotlib: pip install 'samlite[plot]'" in ended.err
+    assert not (workplace / "tracked" / "track.png").exists()
 
 
 def test_a_recipe_comes_from_a_file_and_options_override_it(cli: Cli, workplace: Path) -> None:
