@@ -146,7 +146,7 @@ def main() -> None:
     if options.data is None and any(name.startswith("mnist") for name in names):
         parser.error("--data must name MNIST for these cases; or choose --case resnet18")
 
-    console = Console()
+    console = Console(width=150)
     table = Table(
         *(
             "case",

@@ -53,7 +53,7 @@ def run_subject(folder: Path, samples: int | None = None, device: str | None = N
 
     run = load_run(folder, device)
     data = run.data.train
-    pair = _drawn((data.inputs, data.targets), SAMPLES if samples is None else samples, run.config.seed)
+    pair = drawn((data.inputs, data.targets), SAMPLES if samples is None else samples, run.config.seed)
     return Subject(run.model, run.task.loss, pair, len(pair[0]), len(data), run.config.lr, run.config.rho)
 
 
@@ -85,11 +85,11 @@ def checkpoint_subject(
             raise ValueError("--samples needs --data to name a pair of tensors; limit the batches themselves")
         return Subject(module, criterion, batches, None, None)
     available = len(batches[0])
-    pair = batches if samples is None else _drawn(batches, samples, seed=0)
+    pair = batches if samples is None else drawn(batches, samples, seed=0)
     return Subject(module, criterion, pair, len(pair[0]), available)
 
 
-def _drawn(pair: tuple[Tensor, Tensor], count: int, seed: int) -> tuple[Tensor, Tensor]:
+def drawn(pair: tuple[Tensor, Tensor], count: int, seed: int) -> tuple[Tensor, Tensor]:
     """So many rows of the pair, drawn by the seed and kept in order; the pair itself where it has no more."""
     inputs, targets = pair
     if count >= len(inputs):

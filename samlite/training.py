@@ -31,7 +31,7 @@ from samlite.checkpoints import (
 )
 from samlite.config import Config, usable_device
 from samlite.hessian import Hessian
-from samlite.measure import SAMPLES, _drawn
+from samlite.measure import SAMPLES, drawn
 from samlite.models import parameter_count
 from samlite.sam import SAM
 from samlite.tasks import Splits, Task, TensorData
@@ -235,7 +235,7 @@ def _tracker(model: nn.Module, task: Task, data: TensorData, config: Config) -> 
     parameters = parameter_count(model)
     if config.track > parameters:
         raise ValueError(f"track must be <= the number of parameters, {parameters}, got {config.track}")
-    samples = _drawn((data.inputs, data.targets), SAMPLES, config.seed)
+    samples = drawn((data.inputs, data.targets), SAMPLES, config.seed)
     return Tracker(Hessian(model, task.loss, samples), config.track)
 
 

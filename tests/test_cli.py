@@ -100,6 +100,11 @@ BAD_CALLS = {
     "train --config binary.toml": "binary.toml: ",
     "train --config thesis": "Is a directory: thesis",
     "train --measure momnets": "'momnets' is not one of eigenvalues, moments, none; did you mean moments?",
+    "train --track 0": "0 is not in the range x>=1",
+    "train --track x": "'x' is not a valid integer range",
+    "train --width 8 --track 588": "track must be <= the number of parameters, 587, got 588",
+    "sharpness thesis --lr 0.1": "--lr must go with --stability, got 0.1; leave it out, or add --stability",
+    "sharpness thesis --figure x.png": "--figure must go with --density, got x.png",
     "train --out file": "Not a directory: file",
     "train --out file/run": "Not a directory: file/run",
     "train --out thesis": "thesis must be empty or hold a run, but it has no config.json",
@@ -220,6 +225,28 @@ def test_train_prints_exactly_one_json_document(cli: Cli) -> None:
     assert document["config"]["rho"] == 0.2 and document["result"]["epochs"] == 2
 
 
+def test_train_tracks_eigenvalues_draws_them_and_prints_one_json_document(cli: Cli, workplace: Path) -> None:
+    pytest.importorskip("samlite._C")
+    pytest.importorskip("matplotlib")
+    ended = cli(*QUICK, "--track", "2", "--json", "--out", "tracked")
+    assert ended.status == 0 and ended.err == ""
+    assert json.loads(ended.out)["config"]["track"] == 2
+    assert (workplace / "tracked" / "track.png").read_bytes().startswith(b"\x89PNG")
+    lines = (workplace / "tracked" / "metrics.jsonl").read_text().splitlines()
+    assert all(len(json.loads(line)["eigenvalues"]) == 2 for line in lines)
+
+
+def test_without_matplotlib_a_tracked_run_says_how_to_get_its_figure(
+    cli: Cli, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("samlite._C")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    ended = cli(*QUICK, "--track", "1", "--out", "tracked")
+    assert ended.status == 0 and ended.err.count("\n") == 1
+    assert "No track.png: a figure needs matplotlib: pip install 'samlite[plot]'" in ended.err
+    assert not (workplace / "tracked" / "track.png").exists()
+
+
 def test_a_recipe_comes_from_a_file_and_options_override_it(cli: Cli, workplace: Path) -> None:
     (workplace / "recipe.toml").write_text("lr = 0.2\nmomentum = 0.5\nmilestones = [0.9]\nrho = 0.3\n")
     found = json.loads(cli(*QUICK, "--config", "recipe.toml", "--lr", "0.3", "--json").out)["config"]
@@ -295,3 +322,29 @@ def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
 
 def test_the_module_runs_as_a_program() -> None:
     assert process("--version").out.startswith("samlite, version ")
+
+
+def test_sharpness_measures_everything_about_a_run_and_keeps_it(cli: Cli, workplace: Path) -> None:
+    pytest.importorskip("samlite._C")
+    pytest.importorskip("matplotlib")
+    cli(*QUICK, "--out", "run")
+    call = ("sharpness", "run", "--top", 1, "--tol", 1e-2)
+    assert cli(*call, "--moments", "--curvature", "ggn", "--stability").status == 0
+    found = cli(*call, "--curvature", "ggn", "--trace", "--density", "--blocks", "--json")
+    assert found.status == 0, found.err
+    document = json.loads(found.out)
+    assert list(document["blocks"]) == ["0", "2", "4"] and document["dtype"] == "float32"
+    assert document["trace"]["frobenius"]["value"] > 0 and document["density"]["converged"]
+    assert (workplace / "run" / "density.png").read_bytes().startswith(b"\x89PNG")
+    kept = json.loads((workplace / "run" / "sharpness.json").read_text())
+    assert kept["stability"]["verdict"] in ("stable", "unstable", "undecided")  # of the earlier call
+    assert kept["moments"]["converged"] and kept["blocks"] == document["blocks"]
+
+
+def test_sharpness_on_screen_says_what_each_number_means(cli: Cli, workplace: Path) -> None:
+    pytest.importorskip("samlite._C")
+    cli(*QUICK, "--out", "run")
+    options = ("--moments", "--stability", "--lr", 0.2, "--rho", 0.1, "--trace", "--blocks")
+    out = cli("sharpness", "run", "--top", 1, "--curvature", "ggn", *options).out
+    for word in ("Gauss-Newton", "s_4", "max lr", "SAM of rho 0.1", "trace", "Frobenius", "layer by layer"):
+        assert word in out, out

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import command, contents, process
+from torch import nn
 
-from samlite import checkpoints, tasks, training
+from samlite import Hessian, checkpoints, tasks, training
 from samlite.config import Config
-from samlite.training import TrainingError, evaluate, learning_rate, load_run, train
+from samlite.tracking import Tracker
+from samlite.training import TrackedRecord, TrainingError, evaluate, learning_rate, load_run, train
 
 pytest.importorskip("sklearn")
 
@@ -77,6 +79,8 @@ def test_the_name_of_a_run_tells_the_cells_of_a_sweep_apart() -> None:
         ({"seed": -1}, "seed must be >= 0"),
         ({"threads": 0}, "threads must be >= 1"),
         ({"device": "gpu"}, "device must be a name such as cpu or cuda:0, got 'gpu'"),
+        ({"track": -1}, "track must be >= 0, got -1"),
+        ({"track": 1.5}, "track must be an integer, got 1.5"),
         ({"device": 7}, "device must be a name such as cpu or cuda:0, got 7"),
         ({"task": ["digits"]}, "task must be one of"),
         ({"data": 5}, "data must be a hub id or a path, got 5"),
@@ -214,12 +218,15 @@ def test_a_batch_larger_than_the_data_is_full_batch_training(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "choices",
     [{"optimizer": "sgd"}, {"optimizer": "adam"}, {"optimizer": "adamw", "schedule": "cosine"}]
-    + [{"optimizer": "sam", "base": base} for base in ("sgd", "adam")],
-    ids=lambda choices: "-".join(choices.values()),
+    + [{"optimizer": "sam", "base": base} for base in ("sgd", "adam")]
+    + [{"optimizer": "sgd", "track": 2}],
+    ids=lambda choices: "-".join(map(str, choices.values())),
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choices: dict[str, str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choices: dict[str, Any]
 ) -> None:
+    if "track" in choices:
+        pytest.importorskip("samlite._C")
     monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
     config = digits(width=16, epochs=8, **choices)
     list(train(config, tmp_path / "whole"))
@@ -334,6 +341,85 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, damage: str
     with pytest.raises(ValueError, match="checkpoint.pt") as error:
         list(train(digits(), tmp_path))
     assert "\n" not in str(error.value)
+
+
+# Sharpness along training
+
+
+def test_tracked_eigenvalues_agree_with_a_cold_verified_measurement_at_the_final_weights(tmp_path: Path) -> None:
+    pytest.importorskip("samlite._C")
+    records = list(train(digits(track=3), tmp_path))
+    assert metrics(tmp_path) == [vars(record) for record in records]
+    run = load_run(tmp_path)
+    pair = run.data.train.inputs, run.data.train.targets
+    cold = Hessian(run.model, run.task.loss, pair).eigenvalues(3, tol=1e-5, verify=True, seed=1)
+    assert cold.complete
+    assert isinstance(records[-1], TrackedRecord) and records[-1].products > 3
+    assert records[-1].eigenvalues == pytest.approx(cold.values.tolist(), rel=1e-3)
+
+
+def test_tracking_changes_neither_the_training_nor_the_files_without_it(tmp_path: Path) -> None:
+    pytest.importorskip("samlite._C")
+    for track in (0, 1):
+        list(train(digits(optimizer="sam", track=track), tmp_path / str(track)))
+    without, tracked = contents(tmp_path / "0"), contents(tmp_path / "1")
+    assert without["model.safetensors"] == tracked["model.safetensors"]
+    assert without["result.json"] == tracked["result.json"]
+    assert "track" not in without["config.json"] and "tracker" not in without["checkpoint.pt"]
+    added = {"eigenvalues", "products"}
+    assert [{k: v for k, v in line.items() if k not in added} for line in tracked["metrics.jsonl"]] == without[
+        "metrics.jsonl"
+    ]
+    assert set(tracked["checkpoint.pt"]["tracker"]) == {"vectors", "outsider"}
+
+
+def test_a_tracked_run_is_another_run_than_one_without(tmp_path: Path) -> None:
+    list(train(digits(), tmp_path))
+    with pytest.raises(ValueError, match=r"holds another run \(track 0 there, 1 now\)"):
+        list(train(digits(track=1), tmp_path))
+
+
+def test_more_eigenvalues_than_parameters_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="track must be <= the number of parameters, 587, got 588"):
+        list(train(digits(track=588), tmp_path))
+    assert contents(tmp_path) == {}
+
+
+class Quartic(nn.Module):
+    """f = sum w_i^4 / 12, with the Hessian diag(w_i^2)."""
+
+    def __init__(self, curvature: list[float]) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(curvature).double().sqrt())
+
+    def become(self, curvature: list[float]) -> None:
+        with torch.no_grad():
+            self.w.copy_(torch.tensor(curvature).double().sqrt())
+
+
+def quartic(curvature: list[float], k: int = 1) -> tuple[Quartic, Tracker]:
+    model = Quartic(curvature)
+    data = [(torch.zeros(1), torch.zeros(1))]
+    return model, Tracker(Hessian(model, lambda model, batch: model.w.pow(4).sum() / 12, data), k)
+
+
+def test_an_eigenvalue_that_overtakes_is_noticed() -> None:
+    pytest.importorskip("samlite._C")
+    rest = [1.0, 0.5] * 10
+    model, tracker = quartic([4.0, 3.0, *rest])
+    for second in (3.0, 3.3, 3.6, 3.9, 4.2, 4.5):  # its eigenvector stays orthogonal to the one that is followed
+        model.become([4.0, second, *rest])
+        (value,) = tracker.measure()["eigenvalues"]
+        assert value == pytest.approx(max(4.0, second), rel=1e-3)
+
+
+def test_what_did_not_converge_is_none_and_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("samlite._C")
+    whole = Hessian.eigenvalues
+    monkeypatch.setattr(Hessian, "eigenvalues", lambda self, k, **options: whole(self, k, max_matvecs=k + 1, **options))
+    records = list(train(digits(epochs=2, track=2), tmp_path))
+    assert [vars(record)["eigenvalues"] for record in records] == [[None, None]] * 2
+    assert '"eigenvalues": [null, null]' in (tmp_path / "metrics.jsonl").read_text()
 
 
 # Loading a run
