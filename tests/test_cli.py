@@ -327,24 +327,24 @@ def test_the_module_runs_as_a_program() -> None:
 def test_sharpness_measures_everything_about_a_run_and_keeps_it(cli: Cli, workplace: Path) -> None:
     pytest.importorskip("samlite._C")
     pytest.importorskip("matplotlib")
-    cli(*QUICK, "--out", "run")
-    call = ("sharpness", "run", "--top", 1, "--tol", 1e-2)
+    cli(*QUICK, "--out", "minimum")
+    call = ("sharpness", "minimum", "--top", 1, "--tol", 1e-2)
     assert cli(*call, "--moments", "--curvature", "ggn", "--stability").status == 0
     found = cli(*call, "--curvature", "ggn", "--trace", "--density", "--blocks", "--json")
     assert found.status == 0, found.err
     document = json.loads(found.out)
     assert list(document["blocks"]) == ["0", "2", "4"] and document["dtype"] == "float32"
     assert document["trace"]["frobenius"]["value"] > 0 and document["density"]["converged"]
-    assert (workplace / "run" / "density.png").read_bytes().startswith(b"\x89PNG")
-    kept = json.loads((workplace / "run" / "sharpness.json").read_text())
+    assert (workplace / "minimum" / "density.png").read_bytes().startswith(b"\x89PNG")
+    kept = json.loads((workplace / "minimum" / "sharpness.json").read_text())
     assert kept["stability"]["verdict"] in ("stable", "unstable", "undecided")  # of the earlier call
     assert kept["moments"]["converged"] and kept["blocks"] == document["blocks"]
 
 
 def test_sharpness_on_screen_says_what_each_number_means(cli: Cli, workplace: Path) -> None:
     pytest.importorskip("samlite._C")
-    cli(*QUICK, "--out", "run")
+    cli(*QUICK, "--out", "minimum")
     options = ("--moments", "--stability", "--lr", 0.2, "--rho", 0.1, "--trace", "--blocks")
-    out = cli("sharpness", "run", "--top", 1, "--curvature", "ggn", *options).out
+    out = cli("sharpness", "minimum", "--top", 1, "--curvature", "ggn", *options).out
     for word in ("Gauss-Newton", "s_4", "max lr", "SAM of rho 0.1", "trace", "Frobenius", "layer by layer"):
         assert word in out, out
