@@ -3,6 +3,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/engine.h>
 
+#include <algorithm>
+
 namespace samlite {
 
 namespace {
@@ -82,18 +84,27 @@ Chain::Chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites, int64
     if (site.a_.defined()) site.a_first_ = site.layout_.first(site.a_.detach());
     sites_.push_back(sites[i]);
   }
+  aa_.resize(params_.size());
+  dd_.resize(params_.size());
   for (size_t p = 0; p < params_.size(); ++p) {
     const Use* common = nullptr;
-    int64_t positions = 0;
+    const Site* only = nullptr;
+    int64_t positions = 0, uses = 0;
     bool rows = true;
     for (const auto& site : sites_)
       for (const auto& use : site->uses_) {
         if (use.param != static_cast<int64_t>(p)) continue;
         rows = rows && use.has_rows() && (!common || use.same_view(*common));
         common = &use;
+        only = site.get();
+        ++uses;
         if (rows) positions += use.positions(site->delta_first_);
       }
     rows_[p] = rows && common && common->gram_cost(positions) < common->materialised_cost();
+    if (!rows_[p] || uses > 1) continue;
+    const Tensor a = common->input_rows(only->a_first_), delta = common->output_rows(only->delta_first_);
+    aa_[p] = a.bmm(a.mT()).detach();
+    dd_[p] = delta.bmm(delta.mT()).detach();
   }
 }
 
@@ -101,14 +112,18 @@ Tensor Chain::response(const Site& site, const std::vector<Direction>& direction
   const Tensor &a = site.a_first_, &delta = site.delta_first_;
   Tensor result;
   for (const auto& use : site.uses_) {
-    const auto& [shared, whole, left, right] = direction[use.param];
-    if (left.defined()) {
-      accumulate(result, use.to_output(use.input_rows(a).bmm(right.mT()).bmm(left), delta));
-    } else {
+    const auto& [shared, whole, rows] = direction[use.param];
+    if (rows.empty()) {
       const bool per_sample = whole.defined();
       const Tensor theta = per_sample ? use.view_per_sample(whole) : use.view(shared);
       accumulate(result, use.apply(theta, a, delta, per_sample));
+      continue;
     }
+    const Tensor inputs = use.input_rows(a);
+    Tensor outputs;
+    for (const auto& [left, right, is_delta, is_a] : rows)
+      accumulate(outputs, (is_a ? aa_[use.param] : inputs.bmm(right.mT())).bmm(left));
+    accumulate(result, use.to_output(outputs, delta));
   }
   return result;
 }
@@ -122,15 +137,19 @@ std::vector<Chain::Dots> Chain::step(const std::vector<Direction>& direction) co
     const bool wants_a = site->eta_.defined();
     for (const auto& use : site->uses_) {
       if (!wants_a || !use.varies_with_a()) continue;
-      const auto& [shared, whole, left, right] = direction[use.param];
+      const auto& [shared, whole, rows] = direction[use.param];
       const Tensor &a = site->a_first_, &delta = site->delta_first_;
-      if (left.defined()) {
-        accumulate(at_a, use.to_input(use.output_rows(delta).bmm(left.mT()).bmm(right), a));
-      } else {
+      if (rows.empty()) {
         const bool per_sample = whole.defined();
         const Tensor theta = per_sample ? use.view_per_sample(whole) : use.view(shared);
         accumulate(at_a, use.adjoint(theta, a, delta, per_sample));
+        continue;
       }
+      const Tensor outputs = use.output_rows(delta);
+      Tensor inputs;
+      for (const auto& [left, right, is_delta, is_a] : rows)
+        accumulate(inputs, (is_delta ? dd_[use.param] : outputs.bmm(left.mT())).bmm(right));
+      accumulate(at_a, use.to_input(inputs, a));
     }
     if (site->delta_.requires_grad()) {
       roots.push_back(site->delta_);
@@ -187,52 +206,50 @@ Tensor Chain::normalise(std::vector<Dots>& dots) const {
 
 std::vector<Chain::Direction> Chain::directions(const std::vector<Dots>& dots) const {
   std::vector<Direction> result(params_.size());
-  std::vector<std::vector<Tensor>> left(params_.size()), right(params_.size());
   for (size_t s = 0; s < sites_.size(); ++s) {
     const auto& [delta_dot, a_dot] = dots[s];
     const Tensor &a = sites_[s]->a_first_, &delta = sites_[s]->delta_first_;
     for (const auto& use : sites_[s]->uses_) {
       const bool through_a = a_dot.defined() && use.varies_with_a();
+      auto& direction = result[use.param];
       if (rows_[use.param]) {
-        if (delta_dot.defined()) {
-          left[use.param].push_back(use.output_rows(delta_dot));
-          right[use.param].push_back(use.input_rows(a));
-        }
-        if (through_a) {
-          left[use.param].push_back(use.output_rows(delta));
-          right[use.param].push_back(use.input_rows(a_dot));
-        }
+        const bool only = aa_[use.param].defined();
+        if (delta_dot.defined()) direction.rows.push_back({use.output_rows(delta_dot), use.input_rows(a), false, only});
+        if (through_a) direction.rows.push_back({use.output_rows(delta), use.input_rows(a_dot), only, false});
         continue;
       }
-      auto& whole = result[use.param].whole;
       const auto add = [&](const Tensor& gradient) {
-        if (!whole.defined()) whole = at::zeros({n_, params_[use.param].numel()}, gradient.options());
-        use.view_per_sample(whole).add_(gradient);
+        const int64_t numel = params_[use.param].numel();
+        if (!direction.whole.defined()) direction.whole = at::zeros({n_, numel}, gradient.options());
+        use.view_per_sample(direction.whole).add_(gradient);
       };
       if (delta_dot.defined()) add(use.gradient(a, delta_dot, true));
       if (through_a) add(use.gradient_along(a_dot, delta, true));
     }
   }
-  for (size_t p = 0; p < params_.size(); ++p) {
-    if (!left[p].empty()) {
-      result[p].left = at::cat(left[p], 1);
-      result[p].right = at::cat(right[p], 1);
-    } else if (!result[p].whole.defined()) {
+  for (size_t p = 0; p < params_.size(); ++p)
+    if (result[p].rows.empty() && !result[p].whole.defined())
       result[p].shared = at::zeros({params_[p].numel()}, params_[p].options().requires_grad(false));
-    }
-  }
   return result;
 }
 
-// out += sum_i scale_i (delta_i' a_i^T + delta_i a_i'^T), one ordinary product of matrices a layer.
-void Chain::add_mean(const std::vector<Dots>& dots, const Tensor& scale, std::vector<Tensor>& out) const {
+// out += sum_i scale_i (delta_i' a_i^T + delta_i a_i'^T): of a parameter that `direction` holds whole by one product
+// with that, else by one ordinary product of matrices a layer.
+void Chain::add_mean(const std::vector<Dots>& dots, const std::vector<Direction>& direction, const Tensor& scale,
+                     std::vector<Tensor>& out) const {
   const auto scaled = [&](const Tensor& t) {
     return t.defined() && scale.defined() ? t * per_sample(scale, t.dim()) : t;
   };
+  const auto is_whole = [&](int64_t p) { return !direction.empty() && direction[p].whole.defined(); };
+  for (size_t p = 0; p < params_.size(); ++p)
+    if (is_whole(p)) out[p].add_(scale.matmul(direction[p].whole));
   for (size_t s = 0; s < sites_.size(); ++s) {
+    const auto& uses = sites_[s]->uses_;
+    if (std::all_of(uses.begin(), uses.end(), [&](const Use& use) { return is_whole(use.param); })) continue;
     const Tensor delta_dot = scaled(dots[s].delta), a_dot = scaled(dots[s].a);
     const Tensor &a = sites_[s]->a_first_, &delta = sites_[s]->delta_first_;
-    for (const auto& use : sites_[s]->uses_) {
+    for (const auto& use : uses) {
+      if (is_whole(use.param)) continue;
       const Tensor target = use.view(out[use.param]);
       if (delta_dot.defined()) target.add_(use.gradient(a, delta_dot, false));
       if (a_dot.defined() && use.varies_with_a()) target.add_(use.gradient_along(a_dot, delta, false));
@@ -242,17 +259,17 @@ void Chain::add_mean(const std::vector<Dots>& dots, const Tensor& scale, std::ve
 
 void Chain::add(const Tensor& v, Tensor& out) {
   std::vector<Direction> direction;
-  for (const auto& part : views(v, params_)) direction.push_back({part.flatten(), {}, {}, {}});
+  for (const auto& part : views(v, params_)) direction.push_back({part.flatten(), {}, {}});
   Tensor scale;
   for (int64_t k = 0; k < out.size(0); ++k) {
     auto dots = step(direction);
     std::vector<Tensor> sums;
     for (const auto& part : views(out[k], params_)) sums.push_back(part.flatten());
-    add_mean(dots, scale, sums);
-    if (k + 1 == out.size(0)) return;
+    if (k + 1 == out.size(0)) return add_mean(dots, {}, scale, sums);
     const Tensor factor = normalise(dots);
     scale = scale.defined() ? scale * factor : factor;
     direction = directions(dots);
+    add_mean(dots, direction, scale, sums);
   }
 }
 

@@ -65,11 +65,15 @@ class Chain : public Powers {
   int64_t samples() const override { return n_; }
 
  private:
+  struct Rows {
+    Tensor left, right;   // (n, positions, out), (n, positions, in)
+    bool is_delta, is_a;  // left is the delta, or right the a, of the parameter's only site
+  };
   // A direction of one parameter: one for all samples, or one a sample, as a whole or as rows of outer products.
   struct Direction {
-    Tensor shared;       // (numel,)
-    Tensor whole;        // (n, numel)
-    Tensor left, right;  // (n, rows, out), (n, rows, in)
+    Tensor shared;           // (numel,)
+    Tensor whole;            // (n, numel)
+    std::vector<Rows> rows;  // whose outer products sum to it
   };
   struct Dots {
     Tensor delta, a;  // sample-first; not defined where they are zero
@@ -80,14 +84,16 @@ class Chain : public Powers {
   std::vector<Tensor> responses(const std::vector<Tensor>& roots, const std::vector<Tensor>& cotangents,
                                 const std::vector<torch::autograd::Edge>& edges) const;
   std::vector<Direction> directions(const std::vector<Dots>& dots) const;
-  void add_mean(const std::vector<Dots>& dots, const Tensor& scale, std::vector<Tensor>& out) const;
+  void add_mean(const std::vector<Dots>& dots, const std::vector<Direction>& direction, const Tensor& scale,
+                std::vector<Tensor>& out) const;
   Tensor normalise(std::vector<Dots>& dots) const;
 
   std::vector<std::shared_ptr<Site>> sites_;
   int64_t n_;
   std::vector<Tensor> params_;
   std::optional<Outputs> outputs_;
-  std::vector<bool> rows_;  // of each parameter: kept as rows
+  std::vector<bool> rows_;       // of each parameter: kept as rows
+  std::vector<Tensor> aa_, dd_;  // of such parameters with one site: a a^T and delta delta^T over its positions
 };
 
 // A batch as one sample.
