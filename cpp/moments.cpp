@@ -34,6 +34,21 @@ struct Tap : torch::autograd::Function<Tap> {
 
 void accumulate(Tensor& sum, const Tensor& term) { sum = sum.defined() ? sum + term : term; }
 
+// x y^T of each sample, (n, p, i) and (n, q, i) -> (n, p, q). Batches of tiny products of matrices are slow.
+Tensor inner_products(const Tensor& x, const Tensor& y) {
+  if (x.size(1) == 1 && y.size(1) == 1) return (x * y).sum(2, /*keepdim=*/true);
+  return x.bmm(y.mT());
+}
+
+// sum += g y of each sample, (n, p, q) and (n, q, o) -> (n, p, o).
+void add_combination(Tensor& sum, const Tensor& g, const Tensor& y) {
+  if (g.size(2) == 1) {
+    sum = sum.defined() ? sum.addcmul_(g, y) : g * y;
+  } else {
+    sum = sum.defined() ? sum.baddbmm_(g, y) : g.bmm(y);
+  }
+}
+
 // (n,) as (n, 1, ..., 1), so that it broadcasts against sample-first tensors of so many dimensions.
 Tensor per_sample(const Tensor& scale, int64_t dim) {
   std::vector<int64_t> shape(dim, 1);
@@ -103,8 +118,8 @@ Chain::Chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites, int64
     rows_[p] = rows && common && common->gram_cost(positions) < common->materialised_cost();
     if (!rows_[p] || uses > 1) continue;
     const Tensor a = common->input_rows(only->a_first_), delta = common->output_rows(only->delta_first_);
-    aa_[p] = a.bmm(a.mT()).detach();
-    dd_[p] = delta.bmm(delta.mT()).detach();
+    aa_[p] = inner_products(a, a);
+    dd_[p] = inner_products(delta, delta);
   }
 }
 
@@ -122,7 +137,7 @@ Tensor Chain::response(const Site& site, const std::vector<Direction>& direction
     const Tensor inputs = use.input_rows(a);
     Tensor outputs;
     for (const auto& [left, right, is_delta, is_a] : rows)
-      accumulate(outputs, (is_a ? aa_[use.param] : inputs.bmm(right.mT())).bmm(left));
+      add_combination(outputs, is_a ? aa_[use.param] : inner_products(inputs, right), left);
     accumulate(result, use.to_output(outputs, delta));
   }
   return result;
@@ -148,7 +163,7 @@ std::vector<Chain::Dots> Chain::step(const std::vector<Direction>& direction) co
       const Tensor outputs = use.output_rows(delta);
       Tensor inputs;
       for (const auto& [left, right, is_delta, is_a] : rows)
-        accumulate(inputs, (is_delta ? dd_[use.param] : outputs.bmm(left.mT())).bmm(right));
+        add_combination(inputs, is_delta ? dd_[use.param] : inner_products(outputs, left), right);
       accumulate(at_a, use.to_input(inputs, a));
     }
     if (site->delta_.requires_grad()) {
