@@ -13,11 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Before `datasets` is imported: no network, and no traces in the user's cache.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="samlite-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations inside that wait for the device: reads of a number, and eigenproblems on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.__name__.split(".")[0] in ("_local_scalar_dense", "linalg_eigh", "_linalg_eigh")
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass

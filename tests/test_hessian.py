@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Waits
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -423,16 +424,6 @@ def test_other_threads_run_during_a_solve() -> None:
 
 
 def test_a_step_of_the_solver_does_not_wait_for_the_device() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    waits = 0
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal waits
-            waits += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.linalg_eigh.default,
-                              torch.ops.aten._linalg_eigh.default)  # fmt: skip
-            return func(*args, **(kwargs or {}))
 
     model, x, y = problem("mlp")
     h = Hessian(model, CE, (x, y))
@@ -443,11 +434,11 @@ def test_a_step_of_the_solver_does_not_wait_for_the_device() -> None:
         nonlocal looks
         looks += 1
 
-    with Count():
+    with Waits() as waits:
         found = compiled().eigenpairs(h._operator, compiled().Options(k=3, tol=1e-6, progress=look))
     # one small eigenproblem a look, and what the certificate reads once
     assert looks < found.matvecs / 2
-    assert waits <= looks + 4
+    assert waits.count <= looks + 4
 
 
 @pytest.mark.cuda

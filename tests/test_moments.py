@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Waits
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -359,3 +360,27 @@ def test_samples_that_are_fitted_to_rounding_are_no_reason_for_a_fallback():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no fallback
         Hessian(model, nn.CrossEntropyLoss(), (x, y)).moment_operator(2) @ torch.ones(20 * 16 + 16 + 16 * 4 + 4)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_no_step_of_a_chain_waits_for_the_device(curvature):
+    model, x, y = prepared("CNN with batch norm and residuals")
+    operator = Hessian(model, nn.CrossEntropyLoss(), (x, y), curvature=curvature).moment_operator(4)
+    v = torch.randn(operator.shape[0])
+    with operator._products() as centred:
+        centred.apply(v)  # builds the graphs
+        with Waits() as waits:
+            centred.apply(v)
+    assert waits.count == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", CASES)
+def test_moments_on_a_gpu_equal_those_on_the_cpu(name):
+    model, x, y = prepared(name)
+    hessian = Hessian(model, nn.CrossEntropyLoss(), (x, y))
+    v = torch.randn(hessian.shape[0])
+    right = hessian.moment_operator(3) @ v
+    found = Hessian(model.cuda(), nn.CrossEntropyLoss(), (x, y)).moment_operator(3) @ v
+    assert (found.cpu() - right).norm() <= ROUNDING * right.norm()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Waits
 from torch import Tensor, nn
 
 from samlite import Hessian
@@ -144,6 +145,22 @@ def test_a_model_is_measured_like_its_dense_hessian() -> None:
     assert abs(trace.value - float(dense.trace())) <= 4 * trace.stderr
     assert abs(norm.value - float(dense.norm())) <= 4 * norm.stderr
     assert trace.gradient_evaluations > 0
+
+
+def test_probes_wait_for_the_device_at_looks_only() -> None:
+    looks = 0
+
+    def look(matvecs: int, error: float) -> None:
+        nonlocal looks
+        looks += 1
+
+    with Waits() as waits:
+        found = KNOWN["indefinite"].trace(tol=0.01, progress=look)
+    assert found.probes > 50 and looks < found.probes / 3
+    assert waits.count <= 2  # the eigenproblem of the Krylov space
+    with Waits() as waits:
+        probes = KNOWN["indefinite"].density(tol=0.02).probes
+    assert waits.count <= 6 * probes  # by a probe of 80 products
 
 
 @pytest.mark.parametrize(
