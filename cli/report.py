@@ -40,11 +40,12 @@ def report(folder: Path, figure: Path | None, as_json: bool) -> None:
 
 def present(folder: Path, as_json: bool, figure: Path | None = None) -> None:
     """Report on a sweep, on screen or as JSON, with a figure if asked."""
-    from samlite.report import plot, summarize
+    from samlite.figures import by_width
+    from samlite.report import summarize
 
     found = summarize(folder)
     if figure:
-        plot(found, figure)
+        by_width(found, figure)
     if as_json:
         print_json(found.to_json())
         return

@@ -11,22 +11,18 @@ with its base by their ratio: the geometric mean over pairs of seeds, its interv
 logarithms. Each interval holds at 95 % by itself; nothing is corrected for how many there are.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from samlite import tasks
 from samlite.checkpoints import read_json
 from samlite.config import Config
 from samlite.intervals import Comparison, Geometric, Interval
 from samlite.sweep import finished, nonuniformity, read, sharpness
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -94,129 +90,6 @@ def summarize(folder: Path | str) -> Report:
         tuple(cell.name for cell in results if "a" not in minima[cell]),
         tuple(cell.name for cell in results if "s_2" not in minima[cell]),
     )
-
-
-def plot(report: Report, path: Path | str) -> None:
-    """Draw SAM's improvement against the number of parameters, and beside it each quantity that was measured.
-
-    Bands are 95 % intervals. The file's suffix decides the format. Raises ValueError where there is no improvement.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a figure needs matplotlib: pip install 'samlite[plot]'") from error
-    outcomes = [outcome for row in report.rows for outcome in row.optimizers.values()]
-    if not any(outcome.improvement for outcome in outcomes):
-        raise ValueError("a figure needs SAM and its base optimizer with the same seed, at one width at least")
-    names = sorted({name for outcome in outcomes for name in outcome.geometric})
-    layout, size = _layout(names)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplot_mosaic(layout)
-    _draw_improvement(panels["improvement"], report)
-    for name in names:
-        _draw_quantity(panels[name], report, name)
-    if len(_curves(report)) > 1:
-        # where every optimizer is drawn, if some was measured
-        labelled = next(panels[name] for name in (*names, "improvement") if panels[name].get_legend_handles_labels()[1])
-        labelled.legend(frameon=False, fontsize=9)
-    for panel in panels.values():
-        _label_parameters(panel, [row.parameters for row in report.rows])
-    seeds = {outcome.metric.n for outcome in outcomes}
-    span = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
-    note = "bands: 95 % intervals" if max(seeds) > 1 else "no intervals"
-    figure.suptitle(f"{report.task}: SAM by width ({span} seed{'s' * (max(seeds) > 1)}; {note})", fontsize=11)
-    try:
-        figure.savefig(path, dpi=200)
-    except ValueError as error:  # an unknown suffix
-        raise ValueError(f"figure must end in a format such as .png or .pdf, got {path}: {error}") from None
-
-
-def _layout(names: list[str]) -> tuple[list[Any], tuple[float, float]]:
-    """Rows of panels, and the size of the figure in inches: the improvement, and the quantities in two rows."""
-    if len(names) < 2:
-        return [["improvement", *names]], (5.2 if not names else 8.6, 3.6)
-    names = [*names, *["."] * (len(names) % 2)]
-    half = len(names) // 2
-    return [["improvement", *names[:half]], ["improvement", *names[half:]]], (4.4 + 2.9 * half, 5.2)
-
-
-def _draw_improvement(panel: "Axes", report: Report) -> None:
-    scale = 100 if report.metric == "accuracy" else 1
-    panel.axhline(0, color="0.6", linewidth=1, linestyle="--")
-    for label, (color, outcomes) in _curves(report).items():
-        gains = [(count, outcome.improvement) for count, outcome in outcomes if outcome.improvement]
-        means = [(count, scale * gain.mean) for count, gain in gains]
-        halves = [(count, gain.mean, gain.half_width) for count, gain in gains if gain.half_width is not None]
-        band = [(count, scale * (mean - half), scale * (mean + half)) for count, mean, half in halves]
-        _draw(panel, label, color, means, band)
-    panel.set_title("improvement by SAM", fontsize=10)
-    panel.set_ylabel("test accuracy (points)" if report.metric == "accuracy" else "test loss (decrease)")
-
-
-def _draw_quantity(panel: "Axes", report: Report, name: str) -> None:
-    """Geometric means on two logarithmic axes; none is drawn where a value is 0."""
-    panel.set_yscale("log")
-    for label, (color, outcomes) in _curves(report).items():
-        found = [(count, outcome.geometric[name]) for count, outcome in outcomes if name in outcome.geometric]
-        means = [(count, g.mean) for count, g in found if g.mean is not None]
-        band = [(count, g.low, g.high) for count, g in found if g.low is not None and g.high is not None]
-        _draw(panel, label, color, means, band)
-    _label_values(panel)
-    panel.set_ylabel("geometric mean", fontsize=9)
-    panel.set_title(r"sharpness $a = \lambda_\mathrm{max}$" if name == "a" else f"non-uniformity ${name}$", fontsize=10)
-
-
-def _curves(report: Report) -> dict[str, tuple[str, list[tuple[int, Outcome]]]]:
-    """For each optimizer its color, the same in every panel, and its outcomes by the number of parameters."""
-    names = list(dict.fromkeys(name for row in report.rows for name in row.optimizers))
-    return {
-        name: (f"C{i}", [(row.parameters, row.optimizers[name]) for row in report.rows if name in row.optimizers])
-        for i, name in enumerate(names)
-    }
-
-
-def _draw(
-    panel: "Axes", label: str, color: str, means: list[tuple[int, float]], band: list[tuple[int, float, float]]
-) -> None:
-    """A curve through (parameters, mean), and a band of (parameters, low, high) where there are intervals."""
-    if means:
-        panel.plot(*zip(*means, strict=True), "o-", label=label.upper(), color=color, linewidth=2, markersize=5)
-    if band:
-        counts, lows, highs = zip(*band, strict=True)
-        panel.fill_between(counts, lows, highs, color=color, alpha=0.2, linewidth=0)
-
-
-def _label_values(panel: "Axes") -> None:
-    """Ticks at 1, 2 and 5 on a logarithmic axis, only at powers of ten if those are many, evenly if they are few."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
-
-    low, high = panel.get_ylim()
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    fine = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5) if low <= digit * 10.0**decade <= high]
-    ticks = fine if len(fine) <= 7 else [10.0**decade for decade in decades if low <= 10.0**decade <= high]
-    panel.yaxis.set_major_locator(FixedLocator(ticks) if len(ticks) > 1 else MaxNLocator(4))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _label_parameters(panel: "Axes", counts: list[int]) -> None:
-    """Parameters on a logarithmic axis, labelled where the sweep has a width and the labels have room."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    panel.set_xscale("log")
-    room = 0.16 * math.log(counts[-1] / counts[0])
-    ticks = counts[:1]
-    for count in counts[1:]:
-        if math.log(count / ticks[-1]) >= room:
-            ticks.append(count)
-    panel.set_xticks(ticks)
-    if len(counts) == 1:
-        panel.set_xlim(counts[0] / 2, counts[0] * 2)
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda count, _: count_in_short(count)))
-    panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.tick_params(axis="x", which="minor", length=0)
-    panel.set_xlabel("parameters")
-    panel.spines[["top", "right"]].set_visible(False)
 
 
 def count_in_short(count: float) -> str:

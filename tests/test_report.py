@@ -10,8 +10,9 @@ from scipy import stats
 
 from samlite.checkpoints import write_json
 from samlite.config import Config
+from samlite.figures import by_width
 from samlite.intervals import Comparison, Geometric, Interval, student_t
-from samlite.report import Report, count_in_short, plot, summarize
+from samlite.report import Report, count_in_short, summarize
 
 SGD = [0.90, 0.92, 0.91]
 SAM = [0.93, 0.92, 0.94]
@@ -290,16 +291,16 @@ def test_the_figure_is_written_in_the_format_of_its_suffix(
     tmp_path: Path, found: Report, suffix: str, head: bytes
 ) -> None:
     pytest.importorskip("matplotlib")
-    plot(found, tmp_path / f"figure{suffix}")
+    by_width(found, tmp_path / f"figure{suffix}")
     assert (tmp_path / f"figure{suffix}").read_bytes().startswith(head)
 
 
 def test_a_figure_of_nothing_or_of_no_known_format_is_refused(tmp_path: Path, found: Report, sweep: Sweep) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="figure must end in a format such as .png or .pdf"):
-        plot(found, tmp_path / "figure.docx")
+        by_width(found, tmp_path / "figure.docx")
     with pytest.raises(ValueError, match="a figure needs SAM and its base optimizer"):
-        plot(Report("digits", "accuracy", True, (), (), (), ()), tmp_path / "figure.png")
+        by_width(Report("digits", "accuracy", True, (), (), (), ()), tmp_path / "figure.png")
 
 
 def test_the_figure_has_a_panel_for_each_quantity_with_geometric_means(
@@ -309,7 +310,7 @@ def test_the_figure_has_a_panel_for_each_quantity_with_geometric_means(
     drawn: list[Any] = []
     monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     found = summarize(measured.folder)
-    plot(found, tmp_path / "figure.png")
+    by_width(found, tmp_path / "figure.png")
     improvement, *panels = drawn[0].axes
     assert improvement.get_title() == "improvement by SAM"
     for panel, name in zip(panels, ["a", "s_2", "s_3", "s_4"], strict=True):
@@ -324,7 +325,7 @@ def test_the_figure_has_one_panel_more_with_eigenvalues_alone(tmp_path: Path, sw
     pytest.importorskip("matplotlib")
     for optimizer in ("sgd", "sam"):  # one seed, at one width
         sweep.add(0.9, optimizer=optimizer, sharpness=2.0)
-    plot(summarize(sweep.folder), tmp_path / "figure.png")
+    by_width(summarize(sweep.folder), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
@@ -332,7 +333,7 @@ def test_a_quantity_that_is_zero_everywhere_leaves_its_panel_empty(tmp_path: Pat
     pytest.importorskip("matplotlib")
     for optimizer in ("sgd", "sam"):
         sweep.add(0.9, optimizer=optimizer, sharpness=0.0, spread={"2": 0.0, "3": 1.0, "4": 1e-9})
-    plot(summarize(sweep.folder), tmp_path / "figure.png")
+    by_width(summarize(sweep.folder), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
