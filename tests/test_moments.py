@@ -112,6 +112,16 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }
 
 
+WHOLE = [
+    "MLP",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in CASES
+        if name in ("CNN with batch norm and residuals", "transformer", "LSTM", "tied weights")
+    ),
+]
+
+
 def prepared(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     model, x = CASES[name]()
     return model.eval(), x, torch.randint(0, 3, (len(x),))
@@ -190,8 +200,9 @@ def test_products_with_gauss_newton_moments_are_those_of_dense_matrices(name):
             assert (hessian.moment_operator(order) @ v - expected).norm() <= ROUNDING * scale
 
 
-def test_moments_are_the_top_eigenvalues_of_the_dense_matrices():
-    model, x, y = prepared("MLP")
+@pytest.mark.parametrize("name", WHOLE)
+def test_moments_are_the_top_eigenvalues_of_the_dense_matrices(name):
+    model, x, y = prepared(name)
     hessians = dense(model, nn.CrossEntropyLoss(), x, y)
     mean = hessians.mean(0)
     found = Hessian(model, nn.CrossEntropyLoss(), (x, y)).moments(tol=1e-9)

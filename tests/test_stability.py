@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_moments import dense, dense_gauss_newton, prepared
+from test_moments import WHOLE, dense, dense_gauss_newton, prepared
 from torch import Tensor, nn
 
 from samlite import Hessian
@@ -59,9 +59,10 @@ def test_linear_regression_matches_its_formula(shape: tuple[int, int], lr: float
     assert found.verdict == ("stable" if lr < max_lr else "unstable")
 
 
-@pytest.mark.parametrize(("lr", "rho"), CASES)
-def test_gauss_newton_stability_of_a_network_matches_dense_matrices(lr: float, rho: float) -> None:
-    model, x, y = prepared("MLP")
+@pytest.mark.parametrize(("lr", "rho"), [(0.05, 0.0), (0.3, 0.2)])
+@pytest.mark.parametrize("name", WHOLE)
+def test_gauss_newton_stability_of_a_network_matches_dense_matrices(name: str, lr: float, rho: float) -> None:
+    model, x, y = prepared(name)
     hessian = Hessian(model, nn.CrossEntropyLoss(), (x, y), curvature="ggn")
     hessians = dense_gauss_newton(model, x)
     margin, max_lr, value = by_hand(hessians, lr * 20, rho)
