@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 @click.option("--stability", is_flag=True, help="Also whether SGD or SAM of --lr and --rho stays at this minimum.")
 @click.option("--lr", type=float, help="For --stability; default that of the run.")
 @click.option("--rho", type=float, help="For --stability; default that of the run, else 0 (SGD).")
+@click.option(
+    "--unit",
+    type=click.Choice(["sample", "batch"]),
+    default="sample",
+    show_default=True,
+    help="Of --moments and --stability: steps on single samples, or on the batches of --data.",
+)
 @click.option("--trace", is_flag=True, help="Also the trace, the Frobenius norm and the sharpness along the gradient.")
 @click.option("--density", is_flag=True, help="Also the spectral density, as a figure.")
 @click.option(
@@ -79,6 +86,7 @@ def sharpness(
     verify: bool,
     lr: float | None,
     rho: float | None,
+    unit: str,
     figure: Path | None,
     curvature: str,
     params: str | None,
@@ -107,9 +115,10 @@ def sharpness(
 
     Each value comes with a bound on its error, or with a standard error where it is an estimate. Exit status 1
     where a value is not as exact as --tol asks, or where the search for missed eigenvalues did not finish.
-    The measurement of a run is kept in its sharpness.json.
+    The measurement of a run is kept in its sharpness.json where --tol is 1e-3 or less.
     """
     _check_options(source, samples, lr, rho, figure, wanted, {"--model": model, "--data": data, "--loss": loss})
+    _check_files(figure, save_vectors)
     subject = _subject(source, samples, device, model, data, loss)
     lr, rho = lr if lr is not None else subject.lr, rho if rho is not None else subject.rho
     if wanted["stability"] and lr is None:
@@ -130,7 +139,7 @@ def sharpness(
             top, which, method, tol=tol, verify=verify, vectors=save_vectors is not None, progress=show
         )
         more: dict[str, Any] = {}
-        for name, measure in _measurements(hessian, tol, lr, rho, show):
+        for name, measure in _measurements(hessian, tol, lr, rho, unit, show):
             if wanted[name]:
                 more[name] = measure()
 
@@ -138,7 +147,10 @@ def sharpness(
 
     record = as_record(subject, found, which, measured_parameters=hessian.shape[0], **settings)
     record |= {name: document(value) for name, value in more.items()}
-    if source.is_dir() and which == "LA" and params is None and samples is None and mode == "eval":
+    if "moments" in record:
+        record["moments"]["dtype"] = dtype
+    whole = which == "LA" and params is None and samples is None and mode == "eval"
+    if source.is_dir() and whole and tol <= 1e-3:
         _keep(source / "sharpness.json", record)
     if save_vectors is not None:
         _save(save_vectors, found)
@@ -177,6 +189,15 @@ def _check_options(
         )
 
 
+def _check_files(figure: Path | None, vectors: Path | None) -> None:
+    """Before the work, not after it."""
+    for name, path in (("--figure", figure), ("--save-vectors", vectors)):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{name} must be in a folder that exists, got {path}; make {path.parent}")
+    if figure is not None and figure.suffix not in (".png", ".pdf", ".svg", ".jpg"):
+        raise ValueError(f"--figure must end in .png, .pdf, .svg or .jpg, got {figure}")
+
+
 def _subject(
     source: Path, samples: int | None, device: str | None, model: str | None, data: str | None, loss: str | None
 ) -> "Subject":
@@ -189,11 +210,11 @@ def _subject(
 
 
 def _measurements(
-    hessian: "Hessian", tol: float, lr: float | None, rho: float, show: Callable[[int, float], None]
+    hessian: "Hessian", tol: float, lr: float | None, rho: float, unit: Any, show: Callable[[int, float], None]
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What may be measured beside the eigenvalues, by the name of its option."""
-    yield "moments", lambda: hessian.moments(tol=tol, progress=show)
-    yield "stability", lambda: hessian.stability(lr or 0, rho, tol=tol, progress=show)
+    yield "moments", lambda: hessian.moments(unit=unit, tol=tol, progress=show)
+    yield "stability", lambda: hessian.stability(lr or 0, rho, unit, tol=tol, progress=show)
     yield (
         "trace",
         lambda: {"sharpness": hessian.sharpness(progress=show), "frobenius": hessian.frobenius(progress=show)},
@@ -203,11 +224,19 @@ def _measurements(
 
 
 def _keep(path: Path, record: dict[str, Any]) -> None:
-    """Beside what was measured earlier at the same minimum, as the weights of a finished run do not change."""
+    """Beside what was measured earlier at the same minimum, as the weights of a finished run do not change.
+
+    What did not converge replaces nothing that did. The Gauss-Newton matrix has a place of its own.
+    """
     from samlite.checkpoints import read_json, write_json
 
-    earlier = read_json(path) if path.exists() else {}
-    write_json(path, {**(earlier if earlier.get("curvature", "hessian") == record["curvature"] else {}), **record})
+    document = read_json(path) if path.exists() else {}
+    kept = document.setdefault("ggn", {}) if record["curvature"] == "ggn" else document
+    for name, value in record.items():
+        if isinstance(value, dict) and value.get("converged") is False and kept.get(name, {}).get("converged"):
+            continue
+        kept[name] = value
+    write_json(path, document)
 
 
 def _save(path: Path, found: Any) -> None:
@@ -242,6 +271,12 @@ def _check_results(found: Any, more: dict[str, Any], top: int, tol: float, dtype
     for name in ("moments", "stability"):
         if name in more and not more[name].converged:
             raise RuntimeError(f"the {name} are not as exact as --tol {tol:g} asks; {advice}")
+    estimates = dict(more.get("trace", {}), **{"density": more["density"]} if "density" in more else {})
+    for layer, block in more.get("blocks", {}).items():
+        estimates |= {f"trace of {layer}": block.trace, f"largest eigenvalue of {layer}": block.eigenvalues}
+    rough = [name for name, estimate in estimates.items() if not estimate.converged]
+    if rough:
+        raise RuntimeError(f"products ran out before these were exact to 5 %: {', '.join(rough)}")
     if not found.converged:
         raise RuntimeError(f"not all of the {top} values are as exact as --tol {tol:g} asks; {advice}")
     if found.complete is False:
@@ -294,12 +329,17 @@ def _moments_rows(found: Any) -> Iterator[tuple[str, str, str, str]]:
     for k, value in found.nonuniformity.items():
         nth = {2: "2nd", 3: "3rd"}.get(k, f"{k}th")
         error = f"{found.errors[k] / (k * value ** (k - 1)):.1g}" if value else ""
-        yield f"s_{k}", f"{value:.6g}", error, f"how much the samples' Hessians differ, by their {nth} powers"
+        yield (
+            f"s_{k}",
+            f"{value:.6g}",
+            error,
+            f"how much the Hessians of each {found.unit} differ, by their {nth} powers",
+        )
 
 
 def _stability_rows(found: Any) -> Iterator[tuple[str, str, str, str]]:
     method = f"SAM of rho {found.rho:g}" if found.rho else "SGD"
-    yield found.verdict, f"lr {found.lr:g}", "", f"whether {method}, one sample a step, stays here"
+    yield found.verdict, f"lr {found.lr:g}", "", f"whether {method}, one {found.unit} a step, stays here"
     yield "max lr", f"{found.max_lr:.6g}", f"{found.max_lr_error:.1g}", "the largest stable learning rate"
     yield "margin", f"{found.margin:.4g}", f"{found.error:.1g}", "negative: deviations shrink in mean square"
     for formula, bound in found.bounds.items():

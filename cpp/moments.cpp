@@ -306,6 +306,7 @@ Tensor Chain::ascent() const {
 }
 
 void Whole::add(const Tensor& v, Tensor& out) {
+  if (mean_ && weight_ == 0) return;  // no sample in it counts
   Tensor u = v;
   for (int64_t k = 0; k < out.size(0); ++k) {
     Tensor next = at::zeros_like(u);

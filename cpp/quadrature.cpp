@@ -107,7 +107,8 @@ Traces power_traces(MatVec multiply, const Tensor& like, int64_t p, int64_t orde
     const Tensor squares = at::stack(coordinates).to(at::kCPU, at::kDouble).square();
     const Tensor rest = at::stack(samples).to(at::kCPU) - squares.mm(powers.t());  // (probes, order)
     const Tensor values = known + rest.mean(0);
-    const Tensor errors = rest.std(0).mul_(widening(rest)).div_(std::sqrt(static_cast<double>(result.probes)));
+    Tensor errors = rest.std(0).mul_(widening(rest)).div_(std::sqrt(static_cast<double>(result.probes)));
+    errors.add_(powers.abs().sum(1), epsilon(like));  // rounding in H v
     result.values.assign(values.const_data_ptr<double>(), values.const_data_ptr<double>() + order);
     result.errors.assign(errors.const_data_ptr<double>(), errors.const_data_ptr<double>() + order);
     double worst = 0;

@@ -8,7 +8,7 @@ squared error. The outputs are what ``model(...)`` returns when `loss_fn` calls 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Any, Literal
@@ -27,15 +27,27 @@ class Cut:
     def __init__(self) -> None:
         self.outputs: list[Tensor] = []
         self.leaves: list[Tensor] = []
+        self.called = False
 
     @contextmanager
     def of(self, model: nn.Module) -> Iterator[None]:
         """Cut the outputs of every call of the model inside."""
-        handle = model.register_forward_hook(lambda module, inputs, output: self._replaced(output))
+        handle = model.register_forward_hook(lambda module, inputs, output: self._call(output))
         try:
             yield
         finally:
             handle.remove()
+
+    def _call(self, output: Any) -> Any:
+        self.called, earlier = True, list(self.leaves)
+        result = self._replaced(output)
+        new = self.outputs[len(earlier) :]
+        if earlier and new and _depends(sum(part.sum() for part in new), earlier):
+            raise ValueError(
+                "curvature='ggn' needs outputs that do not go into the model again, got a call on an earlier output; "
+                "use curvature='hessian'"
+            )
+        return result
 
     def _replaced(self, output: Any) -> Any:
         if isinstance(output, dict) and type(output) is not dict:  # a container of its own, with attributes
@@ -50,7 +62,15 @@ class Cut:
             return part
         self.outputs.append(part)
         self.leaves.append(part.detach().requires_grad_())
-        return self.leaves[-1]
+        return self.leaves[-1].clone()  # that operations in place may change
+
+
+def _depends(total: Any, tensors: Sequence[Tensor]) -> bool:
+    """Whether a scalar is computed from any of the tensors."""
+    if not isinstance(total, Tensor) or not total.requires_grad or not tensors:
+        return False
+    gradients = torch.autograd.grad(total, tensors, retain_graph=True, allow_unused=True)
+    return any(gradient is not None for gradient in gradients)
 
 
 class Curves:
@@ -68,12 +88,21 @@ class Curves:
         cut = Cut()
         with cut.of(self.losses.model):
             total, weight = self.losses.total(batch, capture)
-        if not cut.outputs and torch.is_grad_enabled():
-            raise ValueError(
-                "curvature='ggn' needs a loss_fn that calls model(...), whose outputs depend on the parameters; "
-                "got none, use curvature='hessian'"
-            )
+        self._check(cut, total)
         return total, weight, cut.outputs, cut.leaves
+
+    def _check(self, cut: Cut, total: Tensor) -> None:
+        """Raise ValueError unless the loss depends on the parameters by way of the outputs alone."""
+        rule = "curvature='ggn' needs a loss_fn that computes the loss from what model(...) returns"
+        if not cut.called:
+            raise ValueError(f"{rule}, got one that does not call it; use curvature='hessian'")
+        if _depends(total, self.losses.parameters):
+            raise ValueError(
+                f"{rule}, in tensors, dictionaries, lists and tuples, got one that depends on the parameters "
+                "in another way, too; use curvature='hessian'"
+            )
+        if _depends(total, [leaf for leaf in cut.leaves if leaf.dim() == 0]):
+            raise ValueError(f"{rule}, got a loss that the model itself returned; compute it in loss_fn")
 
     def whole(self, batch: Any) -> tuple[Any, Tensor, float]:
         """(Graph, sum of losses, weight) of a batch as one."""

@@ -179,12 +179,14 @@ class Hessian(Operator):
         """The gradient of the mean loss: (p,)."""
         sums = torch.zeros(self.shape[0]).to(self.params[0])
         weights = 0.0
-        self._losses.rewind(0)
-        while (batch := self._losses.next_batch()) is not None:
-            total, weight = self._losses.total(batch)
-            parts = torch.autograd.grad(total, self.params, allow_unused=True, materialize_grads=True)
-            sums += torch.cat([part.reshape(-1) for part in parts])
-            weights += weight
+        with self._products():  # which also cuts the data into chunks that fit
+            self._losses.rewind(0)
+            while (batch := self._losses.next_batch()) is not None:
+                total, weight = self._losses.total(batch)
+                weights += weight
+                if total.requires_grad:
+                    parts = torch.autograd.grad(total, self.params, allow_unused=True, materialize_grads=True)
+                    sums += torch.cat([part.reshape(-1) for part in parts])
         return sums / weights
 
     def moment_operator(self, order: int, unit: Unit = "sample") -> MomentOperator:

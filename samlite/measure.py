@@ -108,7 +108,8 @@ def measure_run(folder: Path, moments: bool = False, progress: Progress | None =
     if measured(folder, ["eigenvalues"]):
         record = read_json(path)  # with more eigenvalues, perhaps, than the one that is needed here
     else:
-        record = as_record(subject, subject.hessian().eigenvalues(1, verify=True, progress=progress))
+        earlier = read_json(path) if path.exists() else {}
+        record = earlier | as_record(subject, subject.hessian().eigenvalues(1, verify=True, progress=progress))
     if moments and not measured(folder, ["moments"]):
         # A sample that is fitted well has an output gradient of rounding errors in float32, and so have its powers.
         dtype = "float32" if any(p.device.type == "mps" for p in subject.model.parameters()) else "float64"

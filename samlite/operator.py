@@ -123,7 +123,7 @@ class Operator:
         start: Tensor | None = None,
         seed: int = 0,
         basis: int | None = None,
-        max_matvecs: int = 1000,
+        max_matvecs: int | None = None,
         progress: Progress | None = None,
     ) -> Eigenvalues:
         """The k largest (LA), smallest (SA) or largest-in-magnitude (LM) eigenvalues, each to a relative error `tol`.
@@ -136,7 +136,8 @@ class Operator:
                 is held to its residual, which needs no such trust; that it is the largest only verify=True shows.
             start: eigenvectors (p,) or (p, s) of a nearby Hessian, such as that of the last epoch.
             basis: vectors held at once, at least 2k + 2; default 100 + 2k, fewer where they would exceed `memory`.
-            max_matvecs: where products run out, `converged` is False and the errors say how far it got.
+            max_matvecs: where products run out, `converged` is False and the errors say how far it got; default 1000,
+                or 10 k where that is more.
             progress: called with (products so far, worst error over what is allowed).
         """
         p = self.shape[0]
@@ -144,6 +145,7 @@ class Operator:
         require(which in ("LA", "SA", "LM"), f"which must be LA, SA or LM, got {which!r}")
         require(method in ("lanczos", "power"), f"method must be 'lanczos' or 'power', got {method!r}")
         require(0 < tol < 1, f"tol must be between 0 and 1, got {tol}")
+        max_matvecs = max(1000, 10 * k) if max_matvecs is None else max_matvecs
         require(max_matvecs > k, f"max_matvecs must be > k={k}, got {max_matvecs}")
         require(basis is None or basis >= 2 * k + 2, f"basis must be >= 2k + 2 = {2 * k + 2} vectors, got {basis}")
         if basis is None:

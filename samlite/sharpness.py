@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from samlite.losses import full_precision
-from samlite.operator import Eigenvalues, Estimate, Progress
+from samlite.operator import Eigenvalues, Estimate, Progress, check_steady
 
 if TYPE_CHECKING:
     from samlite.hessian import Hessian
@@ -57,11 +57,9 @@ def sharpness(hessian: Hessian, tol: float, seed: int, progress: Progress | None
     ascent = float(gradient.dot(hessian @ gradient)) / square if square > 0 else math.nan
     if square == 0:
         notes.append("the full gradient is 0")
-    samples = hessian._samples("sample")
-    with full_precision():
-        ascent_samples = float(samples.operator.ascent())
-    if math.isnan(ascent_samples):
-        notes.append(_why(hessian, samples.fallback))
+    ascent_samples, note = _ascent_of_samples(hessian)
+    if note:
+        notes.append(note)
     seconds = time.perf_counter() - began
     return Sharpness(
         float(top.values[0]),
@@ -78,12 +76,20 @@ def sharpness(hessian: Hessian, tol: float, seed: int, progress: Progress | None
     )
 
 
-def _why(hessian: Hessian, fallback: str | None) -> str:
+def _ascent_of_samples(hessian: Hessian) -> tuple[float, str]:
+    """The mean over samples, or nan and the reason."""
     if hessian.curvature == "ggn":
-        return "the ascent of single samples is measured with curvature='hessian' only"
-    if fallback:
-        return f"the ascent of single samples has no rule for {fallback}"
-    return "the gradient of every sample is 0"
+        return math.nan, "the ascent of single samples is measured with curvature='hessian' only"
+    try:
+        samples = hessian._samples("sample")
+    except ValueError as error:  # samples that are not told apart
+        return math.nan, f"no ascent of single samples: {error}"
+    if samples.fallback:
+        return math.nan, f"the ascent of single samples has no rule for {samples.fallback}"
+    with full_precision():
+        value = float(samples.operator.ascent())
+    check_steady(samples.operator)
+    return value, "the gradient of every sample is 0" if math.isnan(value) else ""
 
 
 def blocks(hessian: Hessian, k: int, tol: float, seed: int, progress: Progress | None) -> dict[str, Block]:

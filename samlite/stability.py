@@ -97,6 +97,9 @@ class Analysis:
         self.hessian, self.unit, self.tol, self.seed, self.progress = hessian, unit, tol, seed, progress
         self.first = [0.0, 1.0, rho] if rho else [0.0, 1.0]  # A by its coefficients
         self.second = [0.0, 0.0, 1.0, 2 * rho, rho**2] if rho else [0.0, 0.0, 1.0]  # B
+        # Directions of little curvature may decide stability, so eigenvalues are found to far less than `tol` of the
+        # largest one.
+        self.fine = max(1e-3 * tol, 100 * torch.finfo(hessian.params[0].dtype).eps)
         self.matvecs, self.converged = 0, True
 
     def mixed(self, a: float, b: float, shift: float = 0.0) -> MixtureOperator:
@@ -113,9 +116,9 @@ class Analysis:
         return float(v.dot(self.mixed(1, 0) @ v)), float(v.dot(self.mixed(0, 1) @ v))
 
     def largest(self, a: float, b: float, scale: float, start: Tensor | None = None) -> tuple[float, float, Tensor]:
-        """The largest eigenvalue of a A + b B, its error (about tol * scale) and its vector."""
+        """The largest eigenvalue of a A + b B, its error (about `fine` * scale) and its vector."""
         found = self.mixed(a, b, scale).eigenvalues(
-            1, tol=self.tol, start=start, vectors=True, seed=self.seed, progress=self.progress
+            1, tol=self.fine, start=start, vectors=True, seed=self.seed, progress=self.progress
         )
         self.count(found)
         assert found.vectors is not None
@@ -133,23 +136,27 @@ class Analysis:
         """
         a, scale = self.quotients(v)
         mu = scale / a
+        start: Tensor | None = v
         for _ in range(_NEWTON):
-            excess, error, v = self.largest(-mu, 1, scale, start=v)
-            if excess <= 2 * self.tol * scale:
-                break
-            a, b = self.quotients(v)
-            if a <= 0:  # negative curvature that was lost in the error of the smallest eigenvalue of A
+            excess, error, v = self.largest(-mu, 1, scale, start=start)
+            below, above = self.quotients(v)
+            if below < -2 * error:  # negative curvature that the tolerance of the smallest eigenvalue hid
                 return math.nan, math.nan
-            mu = b / a
-        else:
-            self.converged = False
-        return mu, (max(excess, 0.0) + error) / a
+            if excess > error and above > mu * (1 + self.tol) * below > 0:
+                a, mu, start = below, above / below, v
+            elif start is not None:
+                start = None  # what a search that starts from v cannot see, one from a random start may
+            else:
+                return mu, (max(excess, 0.0) + error) / a + self.tol * mu
+        self.converged = False
+        return mu, (max(excess, 0.0) + error) / a + self.tol * mu
 
     def on_range(self, lr: float, scale: float) -> tuple[float, float]:
-        """The largest eigenvalue of lr B - 2 A on the range of A, and its error, where none is positive.
+        """The largest eigenvalue of lr B - 2 A on the range of A, and its error, where none was found above zero.
 
         A Krylov space that starts in the range stays there but for rounding, whose values near zero are left out.
-        Where it does not span the range, the value is a lower bound, and zero the upper one.
+        Where it does not span the range, a negative value is a lower bound, and zero the upper one; a positive value
+        proves that there is one.
         """
         p = self.hessian.shape[0]
         like = self.hessian.params[0]
@@ -160,12 +167,13 @@ class Analysis:
             found = compiled().spectral_measure(operator, start, steps)
         self.matvecs += found.matvecs + 1
         rounding = 100 * torch.finfo(like.dtype).eps * scale
-        real = found.nodes < -rounding
+        real = found.nodes.abs() > rounding
         if not real.any():
             return 0.0, rounding
-        margin = float(found.nodes[real].max())
-        spanned = float(found.residuals.max()) == 0
-        return margin, rounding if spanned else abs(margin)
+        margin, residual = float(found.nodes[real][-1]), float(found.residuals[real][-1])  # in ascending order
+        if margin > 0 or float(found.residuals.max()) == 0:
+            return margin, residual + rounding
+        return margin, abs(margin)
 
 
 def stability(
@@ -183,6 +191,7 @@ def stability(
         full, error, _ = analysis.largest(-2, lr, 2 * scale)
         convex = opposite <= opposite_error
         mu, mu_error = analysis.pencil(top.vectors[:, 0]) if convex else (math.nan, math.nan)
+        convex = convex and not math.isnan(mu)
         max_lr, max_lr_error = 2 / mu, 2 / mu * mu_error / mu
         margin = full
         if full <= error and lr < max_lr - max_lr_error:  # so it is not above zero

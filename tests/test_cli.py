@@ -104,6 +104,9 @@ BAD_CALLS = {
     "train --track x": "'x' is not a valid integer range",
     "train --width 8 --track 588": "track must be <= the number of parameters, 587, got 588",
     "sharpness thesis --lr 0.1": "--lr must go with --stability, got 0.1; leave it out, or add --stability",
+    "sharpness thesis --stability --lr -1": "--lr must be > 0, got -1.0",
+    "sharpness thesis --density --figure x.foo": "--figure must end in .png, .pdf, .svg or .jpg, got x.foo",
+    "sharpness thesis --save-vectors no/v": "--save-vectors must be in a folder that exists, got no/v; make no",
     "sharpness thesis --figure x.png": "--figure must go with --density, got x.png",
     "train --out file": "Not a directory: file",
     "train --out file/run": "Not a directory: file/run",
@@ -328,8 +331,10 @@ def test_sharpness_measures_everything_about_a_run_and_keeps_it(cli: Cli, workpl
     pytest.importorskip("samlite._C")
     pytest.importorskip("matplotlib")
     cli(*QUICK, "--out", "minimum")
-    call = ("sharpness", "minimum", "--top", 1, "--tol", 1e-2)
-    assert cli(*call, "--moments", "--curvature", "ggn", "--stability").status == 0
+    call = ("sharpness", "minimum", "--top", 1)
+    assert cli(*call, "--moments").status == 0
+    measured = json.loads((workplace / "minimum" / "sharpness.json").read_text())
+    assert cli(*call, "--curvature", "ggn", "--stability").status == 0
     found = cli(*call, "--curvature", "ggn", "--trace", "--density", "--blocks", "--json")
     assert found.status == 0, found.err
     document = json.loads(found.out)
@@ -337,8 +342,19 @@ def test_sharpness_measures_everything_about_a_run_and_keeps_it(cli: Cli, workpl
     assert document["trace"]["frobenius"]["value"] > 0 and document["density"]["converged"]
     assert (workplace / "minimum" / "density.png").read_bytes().startswith(b"\x89PNG")
     kept = json.loads((workplace / "minimum" / "sharpness.json").read_text())
-    assert kept["stability"]["verdict"] in ("stable", "unstable", "undecided")  # of the earlier call
-    assert kept["moments"]["converged"] and kept["blocks"] == document["blocks"]
+    ggn = kept.pop("ggn")  # beside the Hessian, which sweeps and reports read
+    assert kept == measured and kept["moments"]["converged"] and kept["curvature"] == "hessian"
+    assert ggn["stability"]["verdict"] in ("stable", "unstable", "undecided")  # of the earlier call
+    assert ggn["blocks"] == document["blocks"]
+
+
+def test_a_measurement_that_did_not_converge_replaces_none_that_did(cli: Cli, workplace: Path) -> None:
+    pytest.importorskip("samlite._C")
+    cli(*QUICK, "--out", "minimum")
+    assert cli("sharpness", "minimum", "--top", 1).status == 0
+    before = json.loads((workplace / "minimum" / "sharpness.json").read_text())["eigenvalues"]
+    assert cli("sharpness", "minimum", "--top", 1, "--tol", 1e-14).status == 1
+    assert json.loads((workplace / "minimum" / "sharpness.json").read_text())["eigenvalues"] == before
 
 
 def test_sharpness_on_screen_says_what_each_number_means(cli: Cli, workplace: Path) -> None:

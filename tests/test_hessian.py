@@ -521,7 +521,65 @@ def test_gauss_newton_of_a_model_that_returns_a_container_and_of_one_that_is_not
     wrapped = Hessian(model, lambda m, b: criterion(m(b[0]).logits, b[1]), [(x, y)], curvature="ggn")
     assert torch.allclose(wrapped @ v, plain @ v, atol=1e-6)
     around = Hessian(model, lambda m, b: criterion(m.inner(b[0]), b[1]), [(x, y)], curvature="ggn")
-    with pytest.raises(ValueError, match="needs a loss_fn that calls model"):
+    with pytest.raises(ValueError, match="got one that does not call it"):
         around @ v
     with pytest.raises(ValueError, match="curvature must be 'hessian' or 'ggn', got 'fisher'"):
         Hessian(model, criterion, (x, y), curvature="fisher")
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda m, b: CE(m(b[0]), b[1]) + sum(p.square().sum() for p in m.parameters()), "in another way, too"),
+        (lambda m, b: m(m(b[0]))[:, :3].square().mean(), "do not go into the model again"),
+        (lambda m, b: m.inner(b[0]).square().mean(), "got one that does not call it"),
+    ],
+)
+def test_gauss_newton_refuses_a_loss_that_does_not_come_from_the_outputs(loss: Any, message: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp(4, 5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    x, y = torch.randn(10, 4), torch.randint(0, 3, (10,))
+    with pytest.raises(ValueError, match=message):
+        Hessian(Model(), loss, [(x, y)], curvature="ggn").eigenvalues()
+
+
+def test_gauss_newton_of_a_model_that_returns_its_loss_is_refused_and_operations_in_place_are_not() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp(4, 5, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            z = self.inner(x)
+            return CE(z, y), z
+
+    model, x, y = Own(), torch.randn(10, 4), torch.randint(0, 3, (10,))
+    with pytest.raises(ValueError, match="a loss that the model itself returned"):
+        Hessian(model, lambda m, b: m(*b)[0], [(x, y)], curvature="ggn").eigenvalues()
+    plain = Hessian(model.inner, lambda m, b: CE(m(b[0]) / 2, b[1]), [(x, y)], curvature="ggn")
+    in_place = Hessian(model, lambda m, b: CE(m(*b)[1].div_(2), b[1]), [(x, y)], curvature="ggn")
+    v = torch.randn(plain.shape[0])
+    assert torch.allclose(in_place @ v, plain @ v, atol=1e-6)
+
+
+def test_parameters_that_the_loss_does_not_depend_on_have_no_slope_and_no_curvature() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = mlp(4, 3), mlp(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    model, x, y = Unused(), torch.randn(10, 4), torch.randint(0, 3, (10,))
+    for curvature in ("hessian", "ggn"):
+        block = Hessian(model, CE, (x, y), params="unused*", curvature=curvature)
+        assert not block.gradient().any() and block.trace().value == 0
+        assert block.eigenvalues().values[0] == 0
+        assert len(Hessian(model, CE, (x, y), curvature=curvature).blocks()) == 2

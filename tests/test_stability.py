@@ -196,3 +196,18 @@ def test_bad_arguments_get_one_clear_line(arguments: Any, message: str) -> None:
     model, x, y, _ = regression(5, 3)
     with pytest.raises(ValueError, match=message):
         Hessian(model, nn.MSELoss(), (x, y)).stability(*arguments)
+
+
+def test_a_rare_sample_of_large_curvature_decides_at_the_default_tolerance() -> None:
+    x = torch.randn(2000, 20) * torch.logspace(0, -2, 20) * 0.3
+    x[:, 0], x[:, -1], x[0] = 1, 0, 0
+    x[0, -1] = 3**0.5  # far below the rest in the mean, but alone in its direction
+    model = nn.Linear(20, 1, bias=False)
+    hessian = Hessian(model, nn.MSELoss(), (x, model(x).detach()))
+    hessians = 2 * x[:, :, None] * x[:, None, :]
+    for lr in (0.3, 0.4):
+        margin, max_lr, _ = by_hand(hessians, lr, 0.0)
+        found = hessian.stability(lr)
+        assert found.verdict == ("stable" if lr < max_lr else "unstable")
+        assert abs(found.max_lr - max_lr) <= found.max_lr_error
+        assert abs(found.margin - margin) <= found.error
