@@ -1,5 +1,6 @@
 """`samlite sharpness`."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,6 +181,10 @@ def _check_options(
     ):
         if value is not None and not wanted[needed]:
             raise ValueError(f"{name} must go with --{needed}, got {value}; leave it out, or add --{needed}")
+    if lr is not None and not 0 < lr < math.inf:
+        raise ValueError(f"--lr must be > 0, got {lr}")
+    if rho is not None and not 0 <= rho < math.inf:
+        raise ValueError(f"--rho must be >= 0, got {rho}")
     given = [name for name, value in checkpoint.items() if value]
     if source.is_dir() and given:
         raise ValueError(f"{given[0]} must go with a checkpoint file, got the folder {source}; leave it out")
@@ -340,7 +345,8 @@ def _moments_rows(found: Any) -> Iterator[tuple[str, str, str, str]]:
 def _stability_rows(found: Any) -> Iterator[tuple[str, str, str, str]]:
     method = f"SAM of rho {found.rho:g}" if found.rho else "SGD"
     yield found.verdict, f"lr {found.lr:g}", "", f"whether {method}, one {found.unit} a step, stays here"
-    yield "max lr", f"{found.max_lr:.6g}", f"{found.max_lr_error:.1g}", "the largest stable learning rate"
+    if not math.isnan(found.max_lr):
+        yield "max lr", f"{found.max_lr:.6g}", f"{found.max_lr_error:.1g}", "the largest stable learning rate"
     yield "margin", f"{found.margin:.4g}", f"{found.error:.1g}", "negative: deviations shrink in mean square"
     for formula, bound in found.bounds.items():
         meaning = "always needed" if "a (" in formula else "needed where every M_k >= H^k"
