@@ -134,7 +134,8 @@ class Hessian(Operator):
         ``curvature="ggn"``.
 
         Args:
-            tol: error of each eigenvalue, relative to the largest one of its matrix.
+            tol: relative error of `max_lr`. Eigenvalues are found to tol/1000 of the largest one of their matrix:
+                directions that matter less than that are not seen, unless the Krylov space spans them all.
 
         Raises:
             ValueError: as of `moments`.
