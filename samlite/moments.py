@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from samlite.capture import Capture, Plan, UncoveredError, find_plan
 from samlite.curvature import Curves, Kind
@@ -90,13 +91,15 @@ class Samples:
         """Where samples are in each layer, checked on a few of them against plain autograd."""
         self._losses.rewind(0)
         batch = self._losses.next_batch()
+        rule = (
+            "moments need batches with one row a sample in every tensor; give one sample a batch and use unit='batch'"
+        )
+        if _holds_packed(batch):
+            raise ValueError(f"{rule} (got a PackedSequence)")
         try:
             count = samples(batch)
         except ValueError as error:
-            raise ValueError(
-                "moments need batches with one row a sample in every tensor; give one sample a batch and use "
-                f"unit='batch' ({error})"
-            ) from error
+            raise ValueError(f"{rule} ({error})") from error
         dims = {size for t in tensors(batch) for size in t.shape[1:]}
         few = next((r for r in _PROBE_ROWS if r <= count and all(size % r for size in dims if size > 1)), min(count, 3))
         batch = rows(batch, slice(0, few))
@@ -145,6 +148,12 @@ def _agree(c: ModuleType, curves: Curves, batch: Any, plan: Plan) -> bool:
         curves.losses.forget()
         plain += _whole(c, curves, rows(batch, slice(i, i + 1)), False)[0](v, 2)
     return bool(((chain - plain).norm(dim=1) <= _AGREEMENT[like.dtype] * plain.norm(dim=1) + 1e-30).all())
+
+
+def _holds_packed(batch: Any) -> bool:
+    found: list[bool] = []
+    mapped(lambda part: found.append(isinstance(part, PackedSequence)), batch)
+    return any(found)
 
 
 def _changed(batch: Any, j: int) -> Any:

@@ -395,3 +395,20 @@ def test_moments_on_a_gpu_equal_those_on_the_cpu(name):
     right = hessian.moment_operator(3) @ v
     found = Hessian(model.cuda(), nn.CrossEntropyLoss(), (x, y)).moment_operator(3) @ v
     assert (found.cpu() - right).norm() <= ROUNDING * right.norm()
+
+
+def test_packed_sequences_are_refused_by_name_and_leave_the_other_sharpnesses():
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(3, 3, batch_first=True), nn.Linear(3, 2)
+
+        def forward(self, x: nn.utils.rnn.PackedSequence) -> Tensor:
+            return self.head(self.lstm(x)[1][0][-1])
+
+    packed = nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
+    hessian = Hessian(Packed(), nn.CrossEntropyLoss(), [(packed, torch.tensor([0, 1]))])
+    with pytest.raises(ValueError, match="got a PackedSequence"):
+        hessian.moments()
+    found = hessian.sharpness()
+    assert found.worst > 0 and "PackedSequence" in found.notes[0]
