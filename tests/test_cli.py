@@ -305,12 +305,13 @@ def test_ctrl_c_ends_training_cleanly_and_names_the_way_on(workplace: Path) -> N
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which background jobs inherit as ignored
     )
     while not (workplace / "long" / "checkpoint.pt").exists():
         assert running.poll() is None
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate()
+    out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, "")
     assert err.strip() == "Error: interrupted; repeat the command to continue"
 
