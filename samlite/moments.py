@@ -51,8 +51,9 @@ class Samples:
 
     Args:
         losses: the data set; its own cut is used.
-        names: of `losses.parameters`, for messages.
         memory: bytes that the kept graphs may take.
+        unit: "sample", or "batch" for each batch as one.
+        kind: of curvature.
     """
 
     def __init__(self, module: ModuleType, losses: Losses, memory: int, unit: Unit, kind: Kind) -> None:
