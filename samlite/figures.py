@@ -10,8 +10,18 @@ from samlite.report import Outcome, Report, count_in_short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from samlite.operator import Density
+
+
+def _figure(size: tuple[float, float]) -> "Figure":
+    """An empty figure, in inches. Raises ImportError with the command that brings matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("a figure needs matplotlib: pip install 'samlite[plot]'") from error
+    return Figure(figsize=size, layout="constrained")
 
 
 def track(records: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
@@ -20,17 +30,14 @@ def track(records: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> 
     2/lr is where plain full-batch gradient descent stops being stable; momentum, decay, noise and SAM move that point.
     Epochs without a converged value are gaps.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise ImportError("a figure needs matplotlib: pip install 'samlite[plot]'") from error
     epochs = [record["epoch"] for record in records]
     curves = [
         [math.nan if value is None else value for value in values]
         for values in zip(*(record["eigenvalues"] for record in records), strict=True)
     ]
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    figure = _figure((5.2, 3.6))
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.add_subplot()
     for i, curve in reversed(list(enumerate(curves))):  # the largest on top
         style: dict[str, Any] = {"markersize": 4, "linewidth": 2} if i == 0 else {"markersize": 2, "linewidth": 1}
@@ -59,14 +66,10 @@ def track(records: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> 
 
 def density(found: "Density", path: Path, title: str = "") -> None:
     """Draw the spectral density on a logarithmic axis, with its 95 % interval; the file's suffix decides the format."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a figure needs matplotlib: pip install 'samlite[plot]'") from error
     grid, middle, half = found.grid.numpy(), found.density.numpy(), 1.96 * found.stderr.numpy()
     # A quadrature rule with so few nodes says nothing about densities below those of a thousandth of an eigenvalue.
     floor = 1e-6 * middle.max()
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    figure = _figure((5.2, 3.6))
     axes = figure.add_subplot()
     axes.fill_between(
         grid, (middle - half).clip(floor), (middle + half).clip(floor), color="C0", alpha=0.25, linewidth=0
@@ -91,16 +94,12 @@ def by_width(report: Report, path: Path | str) -> None:
 
     Bands are 95 % intervals. The file's suffix decides the format. Raises ValueError where there is no improvement.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a figure needs matplotlib: pip install 'samlite[plot]'") from error
     outcomes = [outcome for row in report.rows for outcome in row.optimizers.values()]
     if not any(outcome.improvement for outcome in outcomes):
         raise ValueError("a figure needs SAM and its base optimizer with the same seed, at one width at least")
     names = sorted({name for outcome in outcomes for name in outcome.geometric})
     layout, size = _layout(names)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = _figure(size)
     panels = figure.subplot_mosaic(layout)
     _improvement(panels["improvement"], report)
     for name in names:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from samlite.curvature import Curves, Kind
 from samlite.losses import PROBE, Data, Loss, Losses, full_precision, is_pair
-from samlite.moments import Moments, Samples, Unit
+from samlite.moments import Moments, OfMoments, Samples, Unit
 from samlite.operator import Operator, Progress, check_steady, compiled, require
 from samlite.sharpness import Block, Sharpness, blocks, sharpness
 from samlite.stability import Stability, stability
@@ -102,7 +102,6 @@ class Hessian(Operator):
             for k in range(2, order + 1)
         }
         powers = {k: float(e.values[0]) for k, e in found.items()}
-        seconds = time.perf_counter() - began
         return Moments(
             sharpness=float(first.values[0]),
             nonuniformity={
@@ -114,8 +113,7 @@ class Hessian(Operator):
             fallback=self._samples(unit).fallback,
             converged=first.converged and all(e.converged for e in found.values()),
             matvecs=first.matvecs + sum(e.matvecs for e in found.values()),
-            gradient_evaluations=seconds / max(self._gradient_seconds(), 1e-9),
-            seconds=seconds,
+            **self._work(time.perf_counter() - began),
         )
 
     def stability(
@@ -265,23 +263,15 @@ class Hessian(Operator):
         return error
 
 
-class MomentOperator(Operator):
+class MomentOperator(OfMoments):
     """M_k - H^k of the Hessians of samples (or batches), at the model's present weights."""
 
     def __init__(self, hessian: Hessian, order: int, unit: Unit) -> None:
-        self.names, self.params, self.memory = hessian.names, hessian.params, hessian.memory
-        self.order, self.unit = order, unit
-        self._hessian = hessian
+        super().__init__(hessian, unit)
+        self.order = order
 
-    @contextmanager
-    def _products(self) -> Iterator[Any]:
-        moments = self._hessian._samples(self.unit).operator
-        with full_precision():
-            yield compiled().Centred(moments, self.order)
-        check_steady(moments)
-
-    def _gradient_seconds(self) -> float:
-        return self._hessian._gradient_seconds() or float(self._hessian._samples(self.unit).operator.build_seconds)
+    def _made_of(self, moments: Any) -> Any:
+        return compiled().Centred(moments, self.order)
 
 
 def _selected(

@@ -10,6 +10,8 @@ Definitions: s_k = lambda_max(M_k - H^k)^(1/k), after Wu, Ma and E, "How SGD sel
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,15 +21,41 @@ from torch.nn.utils.rnn import PackedSequence
 
 from samlite.capture import Capture, Plan, UncoveredError, find_plan
 from samlite.curvature import Curves, Kind
-from samlite.losses import Losses, is_pair, mapped, rows, samples, tensors
+from samlite.losses import Losses, full_precision, is_pair, mapped, rows, samples, tensors
+from samlite.operator import Operator, check_steady
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from samlite.hessian import Hessian
 
 Unit = Literal["sample", "batch"]
 
 _PROBE_ROWS = (3, 5, 7, 2)  # samples that are looked at to find where samples are
 _AGREEMENT = {torch.float32: 5e-2, torch.float64: 1e-9}  # of a chain and plain autograd on them, relative
+
+
+class OfMoments(Operator):
+    """What is made of the moments of a model's present weights."""
+
+    def __init__(self, hessian: Hessian, unit: Unit) -> None:
+        self.names, self.params, self.memory = hessian.names, hessian.params, hessian.memory
+        self.unit = unit
+        self._hessian = hessian
+
+    def _made_of(self, moments: Any) -> Any:
+        """The compiled operator."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _products(self) -> Iterator[Any]:
+        moments = self._hessian._samples(self.unit).operator
+        with full_precision():
+            yield self._made_of(moments)
+        check_steady(moments)
+
+    def _gradient_seconds(self) -> float:
+        return self._hessian._gradient_seconds() or float(self._hessian._samples(self.unit).operator.build_seconds)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,6 @@ def sharpness(hessian: Hessian, tol: float, seed: int, progress: Progress | None
     ascent_samples, note = _ascent_of_samples(hessian)
     if note:
         notes.append(note)
-    seconds = time.perf_counter() - began
     return Sharpness(
         float(top.values[0]),
         float(top.errors[0]),
@@ -71,8 +70,7 @@ def sharpness(hessian: Hessian, tol: float, seed: int, progress: Progress | None
         tuple(notes),
         top.converged and trace.converged,
         top.matvecs + trace.matvecs + 1,
-        seconds / max(hessian._gradient_seconds(), 1e-9),
-        seconds,
+        **hessian._work(time.perf_counter() - began),
     )
 
 

@@ -11,20 +11,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from samlite.losses import full_precision
-from samlite.moments import Unit
-from samlite.operator import Eigenvalues, Operator, Progress, check_steady, compiled
+from samlite.moments import OfMoments, Unit
+from samlite.operator import Eigenvalues, Operator, Progress, compiled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from samlite.hessian import Hessian
 
 Verdict = Literal["stable", "unstable", "undecided", "not a minimum"]
@@ -67,25 +63,15 @@ class Stability:
     seconds: float
 
 
-class MixtureOperator(Operator):
+class MixtureOperator(OfMoments):
     """c_0 I + c_1 M_1 + c_2 M_2 + ... of a model's present weights."""
 
     def __init__(self, hessian: Hessian, coefficients: Sequence[float], unit: Unit) -> None:
-        self.names, self.params, self.memory = hessian.names, hessian.params, hessian.memory
-        self._hessian, self._coefficients, self._unit = hessian, list(coefficients), unit
+        super().__init__(hessian, unit)
+        self._coefficients = list(coefficients)
 
-    @contextmanager
-    def _mixed(self) -> Iterator[Any]:
-        moments = self._hessian._samples(self._unit).operator
-        with full_precision():
-            yield compiled().Mixture(moments, self._coefficients)
-        check_steady(moments)
-
-    def _products(self) -> AbstractContextManager[Any]:
-        return self._mixed()
-
-    def _gradient_seconds(self) -> float:
-        return self._hessian.moment_operator(1, self._unit)._gradient_seconds()
+    def _made_of(self, moments: Any) -> Any:
+        return compiled().Mixture(moments, self._coefficients)
 
 
 class Analysis:
@@ -201,7 +187,6 @@ def stability(
         full = margin = 0.0
         error, max_lr, max_lr_error = 0.0, math.inf if convex else math.nan, 0.0
     bounds = _bounds(analysis, lr, rho)
-    seconds = time.perf_counter() - began
     return Stability(
         _verdict(convex, lr, margin, error, max_lr, max_lr_error),
         1 + lr * max(full, margin),
@@ -216,8 +201,7 @@ def stability(
         hessian._samples(unit).fallback,
         analysis.converged,
         analysis.matvecs,
-        seconds / max(hessian._gradient_seconds(), 1e-9),
-        seconds,
+        **hessian._work(time.perf_counter() - began),
     )
 
 

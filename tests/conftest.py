@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Before `datasets` is imported: no network, and no traces in the user's cache.
@@ -96,6 +97,15 @@ def _without_seconds(value: Any) -> Any:
     if hasattr(value, "numpy"):
         return value.dtype, value.shape, value.numpy().tobytes()
     return value
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Tensors are float64 by default, and random ones the same in every test."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

@@ -15,12 +15,7 @@ from samlite import Hessian
 ROUNDING = 1e-10  # relative; products of well-scaled matrices in float64 lose a few digits at most
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Residual(nn.Module):

@@ -9,13 +9,7 @@ from torch import Tensor, nn
 
 from samlite import Hessian
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def gradients(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -13,12 +13,7 @@ from samlite import Hessian
 CASES = [(0.05, 0.0), (0.05, 0.05), (0.4, 0.0), (0.3, 0.2)]  # learning rate, rho: stable and unstable
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def matrices(hessians: Tensor, rho: float) -> tuple[Tensor, Tensor]:
