@@ -38,6 +38,18 @@ def numbers(context: click.Context, parameter: click.Parameter, value: str | Non
         raise click.BadParameter(f"{value!r} is not a list of numbers such as 0.05,0.1") from None
 
 
+def assignments(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, float] | None:
+    """Settings such as clip=0.2."""
+    found = {}
+    for text in value:
+        name, _, number = text.partition("=")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            raise click.BadParameter(f"{text!r} is not a number by name such as clip=0.2") from None
+    return found or None
+
+
 def optimizers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
     """A list such as sgd,sam."""
     names = tuple(value.split(","))
@@ -120,6 +132,7 @@ def recipe_options(command: Command) -> Command:
         click.option("--lr", type=float, help="Learning rate."),
         click.option("--momentum", type=float, help="Momentum of SGD."),
         click.option("--weight-decay", type=float, help="Weight decay."),
+        click.option("--dropout", type=float, help="Dropout, where the network has it."),
         click.option("--batch-size", type=int, help="Samples a step; full batch if there are no more."),
         click.option("--epochs", type=int, help="Passes over the training data."),
         click.option(
@@ -134,6 +147,22 @@ def recipe_options(command: Command) -> Command:
         click.option(
             "--config", callback=existing, metavar="FILE.toml", help="Recipe fields in a file, such as lr = 0.1."
         ),
+        click.option(
+            "--set",
+            "settings",
+            callback=assignments,
+            multiple=True,
+            metavar="NAME=X",
+            help="A setting that only this task has; may be repeated.",
+        ),
+        click.option("--augment/--no-augment", default=None, help="Alter training inputs; default: as the task does."),
+        click.option(
+            "--patience",
+            type=int,
+            metavar="N",
+            help="Stop N epochs after the best validation.",
+        ),
+        click.option("--linearize", is_flag=True, default=None, help="Train the first-order expansion of the network."),
         click.option("--threads", type=int, help="Threads of the CPU for a run."),
         click.option("--device", help="cpu, cuda, cuda:1, mps; default cuda if there is one."),
     )

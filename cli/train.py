@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Train one network.")
 @task_argument
 @click.option("--width", type=int, help="Width of the first layer; the others scale with it.")
-@click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="sgd", show_default=True)
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Default: the task's baseline, such as sgd.")
 @click.option("--rho", type=float, help="Radius of SAM's perturbation.")
 @recipe_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the initial weights and the order of batches.")
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 @click.option("--resume/--no-resume", default=True, help="Continue what is in the folder, or insist on an empty one.")
 @json_option
 @click.option("--stop-with-stdin", is_flag=True, hidden=True)
+@click.option("--cell", hidden=True, help="A whole config as JSON, from a sweep.")
 def train(
     task: str,
     config: Path | None,
@@ -45,6 +46,7 @@ def train(
     resume: bool,
     as_json: bool,
     stop_with_stdin: bool,
+    cell: str | None,
     **choices: Any,
 ) -> None:
     """Train one network on TASK (default: digits) by the task's recipe and your overrides.
@@ -65,7 +67,8 @@ def train(
         threading.Thread(target=_stop_with_stdin, daemon=True).start()
     from samlite.config import Config
 
-    settings = Config.of(task, read_recipe(config), **choices)
+    recipe = read_recipe(config)
+    settings = Config.from_json(json.loads(cell), "--cell") if cell else Config.of(task, recipe, **choices)
     folder = out or Path("runs") / f"{task}-{settings.name}"
     with progress() as bar:
         _train(settings, folder, resume, bar)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from samlite import tasks
 BASES = ("sgd", "adam", "adamw")
 OPTIMIZERS = (*BASES, "sam")
 SCHEDULES = ("step", "cosine", "constant")
+PRUNERS = ("random", "snip", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class Config:
     seed: int
     data: str | None
     device: str
+    dropout: float | None = None  # None: the network has none
+    settings: tuple[tuple[str, float], ...] = ()  # what only this task has, by name
+    augment: bool = False  # the inputs of training batches, as the task does it
+    label_noise: float = 0.0  # fraction of the training labels that move to another class
+    sparsity: float = 0.0  # fraction of the weights that are masked from the start
+    pruner: str | None = None  # that chooses them
+    patience: int = 0  # epochs without a better validation result after which training stops; 0: never
+    linearize: bool = False  # train the network's first-order expansion about its first weights
     track: int = 0  # largest Hessian eigenvalues recorded after every epoch
 
     def __post_init__(self) -> None:
@@ -57,7 +66,17 @@ class Config:
         _check_integer("threads", self.threads, 1)
         _check_integer("seed", self.seed, 0)
         _check_device(self.device)
+        _check_number("label_noise", self.label_noise, below=1)
+        _check_number("sparsity", self.sparsity, below=1)
+        _check_integer("patience", self.patience, 0)
         _check_integer("track", self.track, 0)
+        for name in ("augment", "linearize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        self._check_optimizer()
+        self._check_applies(task)
+
+    def _check_optimizer(self) -> None:
         if self.optimizer != "sam" and self.rho:
             raise ValueError(f"rho must be 0 without SAM, got {self.rho}; use optimizer sam")
         if self.optimizer != "sam" and self.base != self.optimizer:
@@ -66,11 +85,29 @@ class Config:
             raise ValueError(f"momentum must be 0 for {self.base}, got {self.momentum}; it belongs to sgd")
         if self.schedule != "step" and self.milestones:
             raise ValueError(f"milestones must go with the step schedule, got {self.schedule}")
+
+    def _check_applies(self, task: tasks.Task) -> None:
+        """What is asked for must be something that the task has."""
         if not isinstance(self.data, str | None):
             raise ValueError(f"data must be a hub id or a path, got {self.data!r}")
         if (self.data is None) != (task.source is None):
             needs = "not be given: the task brings its own" if task.source is None else "name a source"
             raise ValueError(f"data of task {task.name} must {needs}, got {self.data}")
+        if self.dropout is not None:
+            _check_number("dropout", self.dropout, below=1)
+            if task.recipe.dropout is None:
+                raise ValueError(f"dropout must not be given: the network of task {task.name} has none")
+        _check_settings(self.settings, task)
+        if self.augment and not task.augments:
+            raise ValueError(f"augment must not be given: task {task.name} has no augmentation")
+        if self.label_noise and not task.classes:
+            raise ValueError(
+                f"label_noise must be 0 for task {task.name}, which has no classes, got {self.label_noise}"
+            )
+        if self.sparsity:
+            _check_choice("pruner", self.pruner, PRUNERS)
+        elif self.pruner is not None:
+            raise ValueError(f"pruner must go with a sparsity above 0, got {self.pruner}")
 
     @classmethod
     def of(cls, task: str, recipe: Mapping[str, Any] | None = None, **choices: Any) -> "Config":
@@ -84,8 +121,8 @@ class Config:
         recipe = dict(recipe or {})
         check_recipe(recipe)
         chosen = {name: value for name, value in choices.items() if value is not None}
-        optimizer = chosen.setdefault("optimizer", "sgd")
-        base = chosen.setdefault("base", "sgd" if optimizer == "sam" else optimizer)
+        optimizer = chosen.setdefault("optimizer", known.base)
+        base = chosen.setdefault("base", known.base if optimizer == "sam" else optimizer)
         _check_choice("optimizer", optimizer, OPTIMIZERS)
         _check_choice("base", base, BASES)
         values = {
@@ -93,8 +130,9 @@ class Config:
             "seed": 0,
             "data": known.source,
             "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "augment": known.augments,
             **asdict(known.recipe),
-            "lr": known.recipe.lr[base],
+            "lr": known.recipe.lr.get(base),
             **recipe,
         }
         if optimizer != "sam":
@@ -104,8 +142,14 @@ class Config:
         if {**values, **chosen}["schedule"] != "step":
             values["milestones"] = ()
         values |= chosen
+        if values.get("sparsity"):
+            values.setdefault("pruner", PRUNERS[0])
+        settings = [dict(level.get("settings") or {}) for level in (recipe, chosen)]
+        values["settings"] = tuple(sorted({**known.recipe.settings, **settings[0], **settings[1]}.items()))
         if isinstance(values["milestones"], list):
             values["milestones"] = tuple(values["milestones"])
+        if values["lr"] is None:
+            raise ValueError(f"lr must be given for {base}: the recipe of task {task} has none")
         if isinstance(values["data"], (str, Path)) and Path(values["data"]).is_dir():
             values["data"] = str(Path(values["data"]).resolve())  # found again from anywhere
         return cls(task=task, **values)
@@ -114,26 +158,37 @@ class Config:
     def from_json(cls, document: Mapping[str, Any], origin: object) -> "Config":
         """The config in a JSON object, which may hold more. Raises ValueError naming its origin."""
         try:
-            document = {"track": 0, **document}
-            values = {field.name: document[field.name] for field in fields(cls)}
+            values = {f.name: document[f.name] for f in fields(cls) if f.name in document or f.default is MISSING}
+            values["settings"] = tuple(sorted(values.get("settings", {}).items()))
             return cls(**{**values, "milestones": tuple(values["milestones"])})
         except KeyError as error:
             raise ValueError(f"{origin} must hold the field {error}") from None
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{origin} does not describe a run: {error}") from None
 
     def to_json(self) -> dict[str, Any]:
-        """Every field but a `track` of 0, as written before there was one."""
-        document = {**asdict(self), "milestones": list(self.milestones)}
-        return document if self.track else {name: value for name, value in document.items() if name != "track"}
+        """Every field as plain values."""
+        return {**asdict(self), "milestones": list(self.milestones), "settings": dict(self.settings)}
 
     @property
     def name(self) -> str:
-        """A folder name that tells apart the cells of a sweep: optimizer, rho, width, seed."""
+        """A folder name that tells apart the cells of a sweep: optimizer, rho, width, its conditions, seed."""
         optimizer = self.optimizer
         if optimizer == "sam":
-            optimizer = f"sam-rho{self.rho}" if self.base == "sgd" else f"sam-{self.base}-rho{self.rho}"
-        return f"{optimizer}-w{self.width}-s{self.seed}"
+            base = "" if self.base == tasks.get(self.task).base else f"-{self.base}"
+            optimizer = f"sam{base}-rho{self.rho}"
+        conditions = [f"{short}{value}" for short, value in self.conditions().items()]
+        return "-".join([optimizer, f"w{self.width}", *conditions, f"s{self.seed}"])
+
+    def conditions(self) -> dict[str, Any]:
+        """What a sweep may vary beside width, optimizer, rho and seed, where it differs from the task's recipe."""
+        recipe = tasks.get(self.task).recipe
+        found = {
+            "noise": (self.label_noise, 0.0),
+            "sparse": (self.sparsity, 0.0),
+            "decay": (self.weight_decay, recipe.weight_decay),
+        }
+        return {name: value for name, (value, usual) in found.items() if value != usual}
 
 
 def check_recipe(recipe: Mapping[str, Any]) -> None:
@@ -144,6 +199,18 @@ def check_recipe(recipe: Mapping[str, Any]) -> None:
             near = get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"a recipe holds {', '.join(names)}, got {name!r}{hint}")
+
+
+def _check_settings(settings: tuple[tuple[str, float], ...], task: tasks.Task) -> None:
+    known = task.recipe.settings
+    for name, value in settings:
+        if name not in known:
+            hint = f", only {', '.join(known)}" if known else ""
+            raise ValueError(f"settings must be of task {task.name}, which has no {name!r}{hint}")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"settings must be numbers, got {name} = {value!r}")
+    if missing := [name for name in known if name not in dict(settings)]:
+        raise ValueError(f"settings must hold {', '.join(missing)}")
 
 
 def usable_device(name: str) -> torch.device:

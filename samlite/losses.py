@@ -360,18 +360,23 @@ class _Criterion:
         loss = self.criterion(model(inputs), targets)
         if self.reduction == "sum":
             return loss / max(len(targets), 1), len(targets)
-        return loss, self._denominator(targets)
+        return loss, denominator(self.criterion, targets)
 
-    def _denominator(self, targets: Tensor) -> int | Tensor:
-        if self.reduction == "batchmean":
-            return len(targets)
-        if isinstance(self.criterion, nn.CrossEntropyLoss | nn.NLLLoss) and not targets.is_floating_point():
-            valid = targets != self.criterion.ignore_index
-            weight = self.criterion.weight
-            if weight is None:
-                return valid.sum()
-            return (weight.to(targets.device)[targets.where(valid, 0)] * valid).sum()
-        return targets.numel()
+
+def denominator(criterion: nn.Module, targets: Tensor) -> Any:
+    """What a loss module divides by: valid targets, their weights, or what its own `denominator(targets)` says."""
+    own = getattr(criterion, "denominator", None)
+    if own is not None:
+        return own(targets)
+    if getattr(criterion, "reduction", "mean") == "batchmean":
+        return len(targets)
+    if isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss) and not targets.is_floating_point():
+        valid = targets != criterion.ignore_index
+        weight = criterion.weight
+        if weight is None:
+            return valid.sum()
+        return (weight.to(targets.device)[targets.where(valid, 0)] * valid).sum()
+    return targets.numel()
 
 
 def _described(value: Any) -> str:

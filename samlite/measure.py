@@ -52,9 +52,9 @@ def run_subject(folder: Path, samples: int | None = None, device: str | None = N
     from samlite.training import load_run
 
     run = load_run(folder, device)
-    data = run.data.train
-    pair = drawn((data.inputs, data.targets), SAMPLES if samples is None else samples, run.config.seed)
-    return Subject(run.model, run.task.loss, pair, len(pair[0]), len(data), run.config.lr, run.config.rho)
+    count = SAMPLES if samples is None else samples
+    data, measured = run.task.measured(run.model, run.data.train, count, run.config.seed)
+    return Subject(run.model, run.task.loss, data, measured, len(run.data.train), run.config.lr, run.config.rho)
 
 
 def checkpoint_subject(

@@ -5,6 +5,7 @@ takes nothing else with it. Each computes with the threads of its config, howeve
 once, so that results do not depend on that.
 """
 
+import json
 import signal
 import subprocess
 import sys
@@ -208,12 +209,8 @@ class _Process:
 
     @classmethod
     def start(cls, folder: Path, cell: Config, measure: Collection[str]) -> "_Process":
-        options = {**cell.to_json(), "milestones": ",".join(map(str, cell.milestones)), "out": cell.name}
-        task = options.pop("task")
-        command = [sys.executable, "-m", "samlite.cli", "train", task, "--json", "--stop-with-stdin"]
-        for name, value in options.items():
-            if value is not None:
-                command += [f"--{name.replace('_', '-')}", str(value)]
+        command = [sys.executable, "-m", "samlite.cli", "train", cell.task, "--cell", json.dumps(cell.to_json())]
+        command += ["--out", cell.name, "--json", "--stop-with-stdin"]
         if measure:
             command += ["--measure", ",".join(measure)]
         errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed at the end of the process)

@@ -31,15 +31,14 @@ from samlite.checkpoints import (
 )
 from samlite.config import Config, usable_device
 from samlite.hessian import Hessian
-from samlite.measure import SAMPLES, drawn
+from samlite.measure import SAMPLES
 from samlite.models import parameter_count
 from samlite.sam import SAM
-from samlite.tasks import Splits, Task, TensorData
+from samlite.tasks import Splits, Task
 from samlite.tracking import Tracker
 
 __all__ = ["Config", "EpochRecord", "Run", "TrackedRecord", "TrainingError", "load_run", "train"]
 
-CHUNK = 4096  # samples evaluated at once
 SAVE_EVERY = 1.0  # seconds between checkpoints, where epochs are shorter: a stop costs no more than that
 
 
@@ -102,7 +101,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
 
         task, device = tasks.get(config.task), usable_device(config.device)
         data = task.load(config.data, config.seed).to(device)
-        model = _initial_model(task, config).to(device)
+        model = initial_model(task, config, data).to(device)
         optimizer = _optimizer(model, config)
         order = torch.Generator().manual_seed(config.seed)
         tracker = _tracker(model, task, data.train, config) if config.track else None
@@ -123,40 +122,40 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
                 group["lr"] = lr
 
             losses = []
-            model.train()
-            for inputs, targets in data.train.batches(config.batch_size, order):
+            with _random(config.seed, epoch, device):
+                for inputs, targets in task.batches(model, data.train, config, order):
+                    model.train()
 
-                def closure(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-                    nonlocal gradient_evaluations
-                    gradient_evaluations += 1
-                    optimizer.zero_grad()
-                    loss: Tensor = task.loss(model(inputs), targets)
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    return loss
+                    def closure(inputs: Any = inputs, targets: Tensor = targets) -> Tensor:
+                        nonlocal gradient_evaluations
+                        gradient_evaluations += 1
+                        optimizer.zero_grad()
+                        loss: Tensor = task.loss(model(inputs), targets)
+                        loss.backward()  # type: ignore[no-untyped-call]
+                        return loss
 
-                losses.append(optimizer.step(closure).detach())
+                    losses.append(optimizer.step(closure).detach())
 
-            train_loss, train_metric = evaluate(model, task, data.train)
-            validation_loss, validation_metric = evaluate(model, task, data.validation)
-            if not all(map(math.isfinite, [*torch.stack(losses).tolist(), train_loss, validation_loss])):
+            train, validation = task.evaluate(model, data.train), task.evaluate(model, data.validation)
+            if not all(map(math.isfinite, [*torch.stack(losses).tolist(), train.loss, validation.loss])):
                 raise TrainingError(
                     f"the loss is no longer finite in epoch {epoch} at lr {lr:g}; try a smaller lr, in another folder"
                 )
             tracked = tracker.measure() if tracker else None
             record = EpochRecord(
                 epoch,
-                train_loss,
-                train_metric,
-                validation_loss,
-                validation_metric,
+                train.loss,
+                train.metric,
+                validation.loss,
+                validation.metric,
                 lr,
                 gradient_evaluations,
                 seconds_before + time.perf_counter() - started,
             )
             records.append(TrackedRecord(**vars(record), **tracked) if tracked else record)
             if max(records, key=lambda r: task.rank(r.validation_metric, r.validation_loss)) is records[-1]:
-                _, test_metric = evaluate(model, task, data.test)
-                best = {"epoch": epoch, "validation_metric": validation_metric, "test_metric": test_metric}
+                test = task.evaluate(model, data.test)
+                best = {"epoch": epoch, "validation_metric": validation.metric, "test_metric": test.metric}
             if epoch == config.epochs or time.perf_counter() - saved > SAVE_EVERY:
                 state = {
                     "model": model.state_dict(),
@@ -184,20 +183,6 @@ def learning_rate(config: Config, epoch: int) -> float:
     return float(config.lr / 10**passed)
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, task: Task, data: TensorData) -> tuple[float, float]:
-    """Mean loss and metric over the data, in evaluation mode."""
-    model.eval()
-    loss, correct = 0.0, 0
-    for inputs, targets in data.batches(CHUNK):
-        outputs = model(inputs)
-        loss += task.loss(outputs, targets).item() * len(inputs)
-        if task.metric == "accuracy":
-            correct += int((outputs.argmax(1) == targets).sum())
-    loss /= len(data)
-    return loss, correct / len(data) if task.metric == "accuracy" else loss
-
-
 def load_run(folder: Path | str, device: str | None = None) -> Run:
     """A finished run with its data. Raises ValueError where the folder holds none."""
     folder = Path(folder)
@@ -205,18 +190,18 @@ def load_run(folder: Path | str, device: str | None = None) -> Run:
         raise ValueError(f"{folder} must be the folder of a finished run; it has no result.json")
     config = Config.from_json(read_json(folder / "config.json"), folder / "config.json")
     task, place = tasks.get(config.task), usable_device(device or config.device)
-    model = _initial_model(task, config)
-    load_model_weights(folder / "model.safetensors", model)
     data = task.load(config.data, config.seed).to(place)
+    model = initial_model(task, config, data)
+    load_model_weights(folder / "model.safetensors", model)
     return Run(folder, config, task, model.to(place).eval(), data)
 
 
-def _initial_model(task: Task, config: Config) -> nn.Module:
-    """Initialised on the CPU, so that every device starts from the same weights."""
+def initial_model(task: Task, config: Config, data: Splits) -> nn.Module:
+    """The network at its first weights, drawn on the CPU, so that every device starts from the same."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         try:
-            return task.model(config.width)
+            return task.build(config.width, config.dropout, data.sizes)
         except (MemoryError, OverflowError, RuntimeError) as error:
             raise ValueError(f"width must leave a network that fits in memory, got {config.width}") from error
 
@@ -231,11 +216,11 @@ def _optimizer(model: nn.Module, config: Config) -> Any:  # whose step returns t
     return base(model.parameters(), **options)
 
 
-def _tracker(model: nn.Module, task: Task, data: TensorData, config: Config) -> Tracker:
+def _tracker(model: nn.Module, task: Task, data: Any, config: Config) -> Tracker:
     parameters = parameter_count(model)
     if config.track > parameters:
         raise ValueError(f"track must be <= the number of parameters, {parameters}, got {config.track}")
-    samples = drawn((data.inputs, data.targets), SAMPLES, config.seed)
+    samples, _ = task.measured(model, data, SAMPLES, config.seed)
     return Tracker(Hessian(model, task.loss, samples), config.track)
 
 
@@ -274,6 +259,14 @@ def _restore(
 
 
 @contextmanager
+def _random(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
+    """Dropout and the like draw from a state that the seed and the epoch decide, so a resumed run needs no other."""
+    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
+        torch.manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        yield
+
+
+@contextmanager
 def _threads(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(number)
@@ -294,8 +287,8 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _result(model: nn.Module, task: Task, test: TensorData, last: EpochRecord, best: dict[str, Any]) -> dict[str, Any]:
-    test_loss, test_metric = evaluate(model, task, test)
+def _result(model: nn.Module, task: Task, test: Any, last: EpochRecord, best: dict[str, Any]) -> dict[str, Any]:
+    test_scores = task.evaluate(model, test)
     return {
         "metric": task.metric,
         "final": {
@@ -303,11 +296,12 @@ def _result(model: nn.Module, task: Task, test: TensorData, last: EpochRecord, b
             "train_metric": last.train_metric,
             "validation_loss": last.validation_loss,
             "validation_metric": last.validation_metric,
-            "test_loss": test_loss,
-            "test_metric": test_metric,
+            "test_loss": test_scores.loss,
+            "test_metric": test_scores.metric,
+            **{f"test_{name}": value for name, value in test_scores.others.items()},
         },
         "best": best,  # the epoch is selected on validation
-        "interpolates": last.train_loss < 1e-3 and (task.metric != "accuracy" or last.train_metric == 1),
+        "interpolates": last.train_loss < 1e-3 and (not task.classes or last.train_metric == 1),
         "parameters": parameter_count(model),
         "epochs": last.epoch,
         "gradient_evaluations": last.gradient_evaluations,

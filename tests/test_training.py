@@ -14,7 +14,7 @@ from torch import nn
 from samlite import Hessian, checkpoints, tasks, training
 from samlite.config import Config
 from samlite.tracking import Tracker
-from samlite.training import TrackedRecord, TrainingError, evaluate, learning_rate, load_run, train
+from samlite.training import TrackedRecord, TrainingError, learning_rate, load_run, train
 
 pytest.importorskip("sklearn")
 
@@ -176,10 +176,10 @@ def test_the_files_of_a_run_agree_with_each_other(tmp_path: Path) -> None:
 
     run = load_run(tmp_path)
     assert not run.model.training and run.config == config and run.task is tasks.get("digits")
-    loss, accuracy = evaluate(run.model, run.task, run.data.test)
-    assert (loss, accuracy) == (end["final"]["test_loss"], end["final"]["test_metric"])
-    loss, accuracy = evaluate(run.model, run.task, run.data.train)
-    assert (loss, accuracy) == (records[-1].train_loss, records[-1].train_metric)
+    test = run.task.evaluate(run.model, run.data.test)
+    assert (test.loss, test.metric) == (end["final"]["test_loss"], end["final"]["test_metric"])
+    fitted = run.task.evaluate(run.model, run.data.train)
+    assert (fitted.loss, fitted.metric) == (records[-1].train_loss, records[-1].train_metric)
 
 
 def test_a_run_interpolates_once_it_fits_every_label_with_next_to_no_loss(tmp_path: Path) -> None:
@@ -189,14 +189,14 @@ def test_a_run_interpolates_once_it_fits_every_label_with_next_to_no_loss(tmp_pa
     assert result(tmp_path)["interpolates"]
 
 
-def test_the_mean_loss_weighs_samples_not_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = tasks.get("digits")
+def test_the_mean_loss_weighs_samples_not_chunks() -> None:
+    task = replace(tasks.get("digits"), chunk=7)
     model, data = task.model(8).double(), task.load(None, 0).validation
     data = replace(data, inputs=data.inputs.double())
     outputs = model(data.inputs)
     expected = task.loss(outputs, data.targets).item(), (outputs.argmax(1) == data.targets).double().mean().item()
-    monkeypatch.setattr(training, "CHUNK", 7)
-    assert evaluate(model, task, data) == pytest.approx(expected, rel=1e-14)  # rounding of 15 sums
+    scores = task.evaluate(model, data)
+    assert (scores.loss, scores.metric) == pytest.approx(expected, rel=1e-14)  # rounding of 15 sums
 
 
 def test_a_regression_is_scored_by_its_loss_and_lower_is_better(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_tracking_changes_neither_the_training_nor_the_files_without_it(tmp_path
     without, tracked = contents(tmp_path / "0"), contents(tmp_path / "1")
     assert without["model.safetensors"] == tracked["model.safetensors"]
     assert without["result.json"] == tracked["result.json"]
-    assert "track" not in without["config.json"] and "tracker" not in without["checkpoint.pt"]
+    assert without["config.json"]["track"] == 0 and "tracker" not in without["checkpoint.pt"]
     added = {"eigenvalues", "products"}
     assert [{k: v for k, v in line.items() if k not in added} for line in tracked["metrics.jsonl"]] == without[
         "metrics.jsonl"

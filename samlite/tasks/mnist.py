@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from samlite.models import tapered_mlp
-from samlite.tasks.task import Recipe, Splits, Task, TensorData, hold_out
+from samlite.tasks.task import Accuracy, Recipe, Splits, Task, TensorData, hold_out
 
 MEAN, STD = 0.1307, 0.3081  # of the training pixels scaled to [0, 1]
 
@@ -99,6 +99,8 @@ TASK = Task(
     load=load,
     loss=nn.CrossEntropyLoss(),
     metric="accuracy",
+    meter=Accuracy,
+    classes=10,
     recipe=Recipe(
         lr={"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3},
         batch_size=128,

@@ -1,13 +1,51 @@
 """What a task is: its data, its network, its loss and metric, and the recipe that trains it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from samlite.losses import denominator
 from samlite.models import parameter_count
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from samlite.config import Config
+
+Batch = tuple[Any, Tensor]  # inputs (a tensor, or a tuple of tensors) and targets, each with the samples first
+
+
+class Data(Protocol):
+    """Samples with their targets, from which batches are made."""
+
+    @property
+    def targets(self) -> Tensor: ...  # (n, ...): class numbers, negative where there is none; or numbers, nan likewise
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor | slice) -> Self: ...
+
+    def to(self, device: torch.device | str) -> Self: ...
+
+    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """All samples once, the last batch possibly smaller; shuffled by the generator, else in a fixed order.
+
+        The generator lives on the CPU, so that every device sees the same order.
+        """
+        ...
+
+
+class Meter(Protocol):
+    """Gathers a metric over batches of outputs."""
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None: ...
+
+    def compute(self) -> dict[str, float]: ...  # the task's metric first; others may follow
 
 
 @dataclass(frozen=True)
@@ -20,17 +58,14 @@ class TensorData:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def __getitem__(self, rows: Tensor | slice) -> "TensorData":
+    def __getitem__(self, rows: Tensor | slice) -> TensorData:
         return TensorData(self.inputs[rows], self.targets[rows])
 
-    def to(self, device: torch.device | str) -> "TensorData":
+    def to(self, device: torch.device | str) -> TensorData:
         return TensorData(self.inputs.to(device), self.targets.to(device))
 
-    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """All samples once, the last batch possibly smaller; shuffled by the generator, else in order.
-
-        The generator lives on the CPU, so that every device sees the same order.
-        """
+    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """As of `Data`."""
         if generator is None:
             yield from zip(torch.split(self.inputs, batch_size), torch.split(self.targets, batch_size), strict=True)
             return
@@ -43,21 +78,22 @@ class TensorData:
 class Splits:
     """Training, validation and test data. Models are selected on validation, never on test."""
 
-    train: TensorData
-    validation: TensorData
-    test: TensorData
+    train: Any  # each a `Data`
+    validation: Any
+    test: Any
+    sizes: Mapping[str, int] = field(default_factory=dict)  # what the network must fit: keywords of the task's model
 
     def __post_init__(self) -> None:
         for name in ("train", "validation", "test"):
             if not len(getattr(self, name)):
                 raise ValueError(f"the {name} split must not be empty; use more data")
 
-    def to(self, device: torch.device | str) -> "Splits":
-        return Splits(self.train.to(device), self.validation.to(device), self.test.to(device))
+    def to(self, device: torch.device | str) -> Splits:
+        return Splits(self.train.to(device), self.validation.to(device), self.test.to(device), self.sizes)
 
 
-def hold_out(data: TensorData, fraction: float = 0.1) -> tuple[TensorData, TensorData]:
-    """Split the data in two at random, the second holding the fraction. Always the same split."""
+def hold_out(data: Any, fraction: float = 0.1) -> tuple[Any, Any]:
+    """Split a `Data` in two at random, the second holding the fraction. Always the same split."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     held = round(fraction * len(data))
     return data[order[held:]], data[order[:held]]
@@ -72,10 +108,21 @@ class Recipe:
     epochs: int
     momentum: float = 0.9
     weight_decay: float = 0.0
+    dropout: float | None = None  # None: the network has none
     rho: float = 0.05
     schedule: Literal["step", "cosine", "constant"] = "step"
     milestones: tuple[float, ...] = (0.5, 0.75)  # fractions of the epochs after which step divides lr by 10
     threads: int = 1  # of the CPU: for small networks more gain nothing, and lose much on a busy machine
+    settings: Mapping[str, float] = field(default_factory=dict)  # what only this task has
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How good a model is on a split."""
+
+    loss: float
+    metric: float
+    others: Mapping[str, float] = field(default_factory=dict)  # further metrics by name
 
 
 @dataclass(frozen=True)
@@ -86,24 +133,108 @@ class Task:
     summary: str
     network: str  # what `model` builds: its hidden layers in terms of the width w
     data: str  # where the data come from, and how many there are
-    model: Callable[[int], nn.Module]  # width -> module
+    model: Callable[..., nn.Module]  # width -> module; keywords: dropout if the recipe has it, `Splits.sizes`
     load: Callable[[str | None, int], Splits]  # source, seed -> data on the CPU
-    loss: nn.Module  # criterion(outputs, targets), the mean over the batch
-    metric: Literal["accuracy", "loss"]
+    loss: nn.Module  # criterion(outputs, targets), the mean over what its `denominator` counts
+    metric: str  # "loss", or what `meter` gathers
     recipe: Recipe
     width: int  # the default
     widths: tuple[int, ...]  # a sweep worth running
+    meter: Callable[[], Meter] | None = None  # None: the metric is the loss
     source: str | None = None  # default of `load`; None: the task takes no source
+    base: str = "sgd"  # the optimizer that SAM wraps and is compared with
+    classes: int | None = None  # of a classification; `Splits.sizes["outputs"]` where that depends on the data
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None  # inputs of a training batch; draws on the CPU
+    chunk: int = 4096  # samples evaluated at once
 
     @property
     def higher_is_better(self) -> bool:
         return self.metric != "loss"
 
+    @property
+    def augments(self) -> bool:
+        """Whether `batches` alters the inputs unless told not to."""
+        return self.augment is not None
+
     def rank(self, metric: float, loss: float) -> tuple[float, float]:
         """A key that grows with how good a model is: by its metric, then its loss where metrics tie."""
         return metric if self.higher_is_better else -metric, -loss
 
+    def build(self, width: int, dropout: float | None, sizes: Mapping[str, int]) -> nn.Module:
+        """The network, on the CPU."""
+        return self.model(width, **sizes) if dropout is None else self.model(width, dropout=dropout, **sizes)
+
     def parameters(self, width: int) -> int:
-        """Number of parameters at this width, counted without allocating them."""
+        """Number of parameters at this width for the task's own data, counted without allocating them."""
         with torch.device("meta"):
             return parameter_count(self.model(width))
+
+    def batches(self, model: nn.Module, data: Any, config: Config, order: torch.Generator) -> Iterator[Batch]:
+        """An epoch of training batches."""
+        for inputs, targets in data.batches(config.batch_size, order):
+            yield (self.augment(inputs, order) if self.augment and config.augment else inputs), targets
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, data: Any) -> Scores:
+        """Mean loss and metric over a `Data`, in evaluation mode."""
+        model.eval()
+        meter = self.meter() if self.meter else None
+        losses, weights = [], []
+        for inputs, targets in data.batches(self.chunk):
+            outputs = model(inputs)
+            weight = torch.as_tensor(denominator(self.loss, targets), dtype=torch.float64)
+            losses.append(self.loss(outputs, targets).nan_to_num().double().cpu() * weight.cpu())
+            weights.append(weight.cpu())
+            if meter:
+                meter.update(outputs, targets)
+        loss = (torch.stack(losses).sum() / torch.stack(weights).sum()).item()
+        if meter is None:
+            return Scores(loss, loss)
+        found = meter.compute()
+        return Scores(loss, found.pop(self.metric), found)
+
+    def measured(self, model: nn.Module, data: Any, count: int, seed: int) -> tuple[Any, int]:
+        """What a Hessian is measured on: so many samples drawn by the seed, all if there are no more; and how many.
+
+        An (inputs, targets) pair of tensors, or a re-iterable of batches.
+        """
+        if count < len(data):
+            rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+            data = data[rows.to(data.targets.device)]
+        if isinstance(data, TensorData):
+            return (data.inputs, data.targets), len(data)
+        return Batches(data, min(self.chunk, 256)), len(data)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a `Data`, the same at every pass."""
+
+    data: Any
+    size: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.data.batches(self.size))
+
+
+def classes_of(task: Task, data: Splits) -> int | None:
+    """How many classes the labels have; None where the task is no classification."""
+    return data.sizes.get("outputs", task.classes) if task.classes else None
+
+
+class Accuracy:
+    """The fraction of targets whose class has the largest output; negative targets do not count.
+
+    Outputs are (n, classes) or (n, positions, classes), targets (n) or (n, positions).
+    """
+
+    def __init__(self) -> None:
+        self.correct: list[Tensor] = []
+        self.counted: list[Tensor] = []
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        self.correct.append((outputs.argmax(-1) == targets).sum())
+        self.counted.append((targets >= 0).sum())
+
+    def compute(self) -> dict[str, float]:
+        return {"accuracy": torch.stack(self.correct).sum().item() / torch.stack(self.counted).sum().item()}

@@ -1,4 +1,4 @@
-"""The width-scaled networks: width in, module out."""
+"""Fully connected networks."""
 
 from itertools import pairwise
 
@@ -16,8 +16,3 @@ def mlp(*sizes: int) -> nn.Sequential:
 def tapered_mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
     """The 3-layer network [width, width / 3] of the paper's MNIST experiments."""
     return mlp(inputs, width, max(1, round(width / 3)), outputs)
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Number of trainable parameters; a tied parameter counts once."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
