@@ -13,6 +13,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
+PRUNERS = ("random", "snip", "magnitude")  # likewise
 OPTIMIZERS = ("sgd", "adam", "adamw", "sam")  # as in samlite.config, which needs torch
 MEASURES = ("eigenvalues", "moments")  # as in samlite.sweep, likewise
 
@@ -50,8 +51,10 @@ def assignments(context: click.Context, parameter: click.Parameter, value: tuple
     return found or None
 
 
-def optimizers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+def optimizers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     """A list such as sgd,sam."""
+    if value is None:
+        return None
     names = tuple(value.split(","))
     for name in names:
         if name not in OPTIMIZERS:
@@ -155,6 +158,7 @@ def recipe_options(command: Command) -> Command:
             metavar="NAME=X",
             help="A setting that only this task has; may be repeated.",
         ),
+        click.option("--pruner", type=click.Choice(PRUNERS), help="What chooses the masked weights; default random."),
         click.option("--augment/--no-augment", default=None, help="Alter training inputs; default: as the task does."),
         click.option(
             "--patience",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from samlite.intervals import Comparison, Interval
-    from samlite.report import Outcome, Report
+    from samlite.report import Outcome, Report, Row
 
 
 @click.command(short_help="Show a sweep's table, and draw its figure.")
@@ -71,28 +71,32 @@ def _show_metrics(found: "Report") -> None:
     scale = 100 if percent else 1
     alone = not any(outcome.nonuniformity for outcome in _outcomes(found))
     sharpness = alone and any(outcome.sharpness for outcome in _outcomes(found))
+    interpolating = any(outcome.interpolating for outcome in _outcomes(found))
     view = table(
         f"{found.task}: final test {found.metric} by width",
+        *_condition_columns(found),
         ">width",
         ">params",
         "optimizer",
         ">n",
+        *[">interpolate"] * interpolating,
         f">{found.metric}{' %' if percent else ''}",
         ">improvement",
         *[">λ_max"] * sharpness,
     )
     for row in found.rows:
-        size = (str(row.width), f"{row.parameters:,}")
+        size = (*_condition(row), str(row.width), f"{row.parameters:,}")
         for name, outcome in row.optimizers.items():
             view.add_row(
                 *size,
                 _label(name, outcome),
                 str(outcome.metric.n),
+                *[str(outcome.interpolating)] * interpolating,
                 _interval(outcome.metric, scale),
                 _interval(outcome.improvement, scale, "+"),
                 *[_interval(outcome.sharpness)] * sharpness,
             )
-            size = ("", "")
+            size = ("",) * len(size)
         view.add_section()
     stdout.print(view)
 
@@ -100,14 +104,14 @@ def _show_metrics(found: "Report") -> None:
 def _show_minima(found: "Report") -> None:
     """The quantities of the minima, in a table of their own as they are wide."""
     orders = sorted({order for outcome in _outcomes(found) for order in outcome.nonuniformity})
-    columns = (">a = λ_max", *(f">s_{order}" for order in orders))
-    view = table("sharpness a and non-uniformity s_k of the minima", ">width", "optimizer", *columns)
+    columns = (*_condition_columns(found), ">width", "optimizer", ">a = λ_max", *(f">s_{order}" for order in orders))
+    view = table("sharpness a and non-uniformity s_k of the minima", *columns)
     for row in found.rows:
-        width = str(row.width)
+        place = (*_condition(row), str(row.width))
         for name, outcome in row.optimizers.items():
             spread = (_interval(outcome.nonuniformity.get(order)) for order in orders)
-            view.add_row(width, _label(name, outcome), _interval(outcome.sharpness), *spread)
-            width = ""
+            view.add_row(*place, _label(name, outcome), _interval(outcome.sharpness), *spread)
+            place = ("",) * len(place)
         view.add_section()
     stdout.print(view)
 
@@ -125,18 +129,26 @@ def _show_comparisons(found: "Report") -> None:
 
 def _comparisons(found: "Report", names: list[str], narrow: bool = False) -> "Table":
     several = len({name for row in found.rows for name, outcome in row.optimizers.items() if outcome.comparisons}) > 1
-    view = table("", ">width", *["optimizer"] * several, *names)
+    view = table("", *_condition_columns(found), ">width", *["optimizer"] * several, *names)
     for row in found.rows:
         for label, outcome in row.optimizers.items():
             if outcome.comparisons:
                 cells = (_comparison(outcome.comparisons.get(name), narrow) for name in names)
-                view.add_row(str(row.width), *[_label(label, outcome)] * several, *cells)
+                view.add_row(*_condition(row), str(row.width), *[_label(label, outcome)] * several, *cells)
         view.add_section()
     return view
 
 
 def _outcomes(found: "Report") -> "list[Outcome]":
     return [outcome for row in found.rows for outcome in row.optimizers.values()]
+
+
+def _condition_columns(found: "Report") -> list[str]:
+    return [f">{name.replace('_', ' ')}" for name in found.rows[0].condition]
+
+
+def _condition(row: "Row") -> list[str]:
+    return [f"{value:g}" for value in row.condition.values()]
 
 
 def _label(name: str, outcome: "Outcome") -> str:
@@ -188,6 +200,8 @@ def _notes(found: "Report") -> list[str]:
         notes.append(f"Improvement: of SAM over its base optimizer, paired by seed{better}.")
     if any(outcome.rho is not None and outcome.improvement is None for outcome in outcomes):
         notes.append("SAM has no improvement where its base optimizer was not run with the same seeds.")
+    if not any(outcome.interpolating for outcome in outcomes):
+        notes.append("No run interpolates: training loss below 1e-3, every label fitted.")
     verdicts = sum(each.verdict is not None for outcome in outcomes for each in outcome.comparisons.values())
     if verdicts > 1:
         notes.append(f"Each of the {verdicts} verdicts on ratios is at 95 % by itself.")

@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     "--optimizers",
     callback=options.optimizers,
     metavar="NAME,...",
-    default="sgd,sam",
-    show_default=True,
-    help="Of sgd, adam, adamw, sam.",
+    help="Of sgd, adam, adamw, sam; default the task's baseline and sam.",
 )
 @click.option("--seeds", type=int, default=3, show_default=True, help="How many, counted from 0.")
 @click.option(
     "--rhos", callback=options.numbers, metavar="X,...", help="SAM's radii; the best on validation is reported."
 )
+@click.option("--label-noises", callback=options.numbers, metavar="X,...", help="Fractions of the training labels.")
+@click.option("--sparsities", callback=options.numbers, metavar="X,...", help="Fractions of the weights masked.")
+@click.option("--weight-decays", callback=options.numbers, metavar="X,...", help="To compare, such as 0,5e-4.")
 @click.option(
     "--measure",
     callback=options.measures,
@@ -46,9 +47,12 @@ if TYPE_CHECKING:
 def sweep(
     task: str,
     widths: tuple[int, ...],
-    optimizers: tuple[str, ...],
+    optimizers: tuple[str, ...] | None,
     seeds: int,
     rhos: tuple[float, ...] | None,
+    label_noises: tuple[float, ...] | None,
+    sparsities: tuple[float, ...] | None,
+    weight_decays: tuple[float, ...] | None,
     measure: tuple[str, ...],
     jobs: int | None,
     out: Path | None,
@@ -57,6 +61,10 @@ def sweep(
     base: str | None,
     data: str | None,
     device: str | None,
+    pruner: str | None,
+    augment: bool | None,
+    patience: int | None,
+    linearize: bool | None,
     **recipe: Any,
 ) -> None:
     """Train TASK (default: digits) at every width, with every optimizer and seed, measure the sharpness
@@ -68,6 +76,7 @@ def sweep(
       samlite sweep digits --widths 32,128 --seeds 5 --rhos 0.05,0.1,0.2 --out runs/rhos
       samlite sweep synthetic --widths 192,1920 --optimizers adam,sam --jobs 4
       samlite sweep digits --widths 16,64 --measure eigenvalues,moments
+      samlite sweep digits --widths 16,64 --label-noises 0,0.25,0.5
 
     Repeat the command to continue what was stopped and to retry what failed; what is finished is kept,
     and only what was not measured is measured.
@@ -77,8 +86,11 @@ def sweep(
     from samlite import sweep as sweeps
 
     overrides = read_recipe(config) | {name: value for name, value in recipe.items() if value is not None}
-    settings = {"base": base, "data": data, "device": device}
-    cells = sweeps.grid(task, widths, optimizers, seeds, rhos or (), recipe=overrides, **settings)
+    settings = {"base": base, "data": data, "device": device, "pruner": pruner}
+    settings |= {"augment": augment, "patience": patience, "linearize": linearize}
+    conditions = {"label_noises": label_noises, "sparsities": sparsities, "weight_decays": weight_decays}
+    swept: dict[str, Any] = {name: values or () for name, values in conditions.items()}
+    cells = sweeps.grid(task, widths, optimizers or (), seeds, rhos or (), **swept, recipe=overrides, **settings)
     folder = out or Path("runs") / task
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if jobs is None:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 @click.option("--width", type=int, help="Width of the first layer; the others scale with it.")
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Default: the task's baseline, such as sgd.")
 @click.option("--rho", type=float, help="Radius of SAM's perturbation.")
+@click.option("--label-noise", type=float, help="Fraction of the training labels that moves to another class.")
+@click.option(
+    "--sparsity", type=float, help="Fraction of the weights of linear and convolution layers masked from the start."
+)
 @recipe_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the initial weights and the order of batches.")
 @click.option(

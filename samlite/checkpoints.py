@@ -119,8 +119,13 @@ def save_model_weights(path: Path, model: nn.Module) -> None:
     state: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         state.setdefault(id(tensor), (name, tensor.detach().contiguous()))
+    save_tensors(path, dict(state.values()))
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write contiguous tensors by name as safetensors, which `load_weights` reads."""
     with replacing(path) as beside:
-        beside.write_bytes(save(dict(state.values())))
+        beside.write_bytes(save(tensors))
 
 
 def load_model_weights(path: Path, model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from samlite import tasks
 BASES = ("sgd", "adam", "adamw")
 OPTIMIZERS = (*BASES, "sam")
 SCHEDULES = ("step", "cosine", "constant")
+CONDITIONS = ("augment", "label_noise", "sparsity", "pruner", "patience", "linearize")  # a recipe file may set them too
 PRUNERS = ("random", "snip", "magnitude")
 
 
@@ -144,6 +145,8 @@ class Config:
         values |= chosen
         if values.get("sparsity"):
             values.setdefault("pruner", PRUNERS[0])
+        elif "pruner" not in chosen:
+            values["pruner"] = None
         settings = [dict(level.get("settings") or {}) for level in (recipe, chosen)]
         values["settings"] = tuple(sorted({**known.recipe.settings, **settings[0], **settings[1]}.items()))
         if isinstance(values["milestones"], list):
@@ -192,8 +195,8 @@ class Config:
 
 
 def check_recipe(recipe: Mapping[str, Any]) -> None:
-    """Raise ValueError unless every name is a field of a recipe."""
-    names = [field.name for field in fields(tasks.Recipe)]
+    """Raise ValueError unless every name is a field of a recipe, or a condition of training."""
+    names = [*(field.name for field in fields(tasks.Recipe)), *CONDITIONS]
     for name in recipe:
         if name not in names:
             near = get_close_matches(name, names, n=1)

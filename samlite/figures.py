@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samlite.checkpoints import replacing
-from samlite.report import Outcome, Report, count_in_short
+from samlite.report import Outcome, Report, count_in_short, described
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,18 +98,21 @@ def by_width(report: Report, path: Path | str) -> None:
     if not any(outcome.improvement for outcome in outcomes):
         raise ValueError("a figure needs SAM and its base optimizer with the same seed, at one width at least")
     names = sorted({name for outcome in outcomes for name in outcome.geometric})
-    layout, size = _layout(names)
+    several_rhos = any(len(outcome.validation) > 1 for outcome in outcomes)
+    layout, size = _layout([*names, *["rho"] * several_rhos])
     figure = _figure(size)
     panels = figure.subplot_mosaic(layout)
     _improvement(panels["improvement"], report)
     for name in names:
         _quantity(panels[name], report, name)
+    if several_rhos:
+        _best_rho(panels["rho"], report)
     if len(_curves(report)) > 1:
         # where every optimizer is drawn, if some was measured
         labelled = next(panels[name] for name in (*names, "improvement") if panels[name].get_legend_handles_labels()[1])
         labelled.legend(frameon=False, fontsize=9)
     for panel in panels.values():
-        _label_parameters(panel, [row.parameters for row in report.rows])
+        _label_parameters(panel, sorted({row.parameters for row in report.rows}))
     seeds = {outcome.metric.n for outcome in outcomes}
     span = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
     note = "bands: 95 % intervals" if max(seeds) > 1 else "no intervals"
@@ -155,13 +158,27 @@ def _quantity(panel: "Axes", report: Report, name: str) -> None:
     panel.set_title(r"sharpness $a = \lambda_\mathrm{max}$" if name == "a" else f"non-uniformity ${name}$", fontsize=10)
 
 
+def _best_rho(panel: "Axes", report: Report) -> None:
+    """The rho selected on validation, where several were tried."""
+    for label, (color, outcomes) in _curves(report).items():
+        found = [(count, outcome.rho) for count, outcome in outcomes if len(outcome.validation) > 1 and outcome.rho]
+        _curve(panel, label, color, found, [])
+    tried = sorted({rho for row in report.rows for each in row.optimizers.values() for rho in each.validation if rho})
+    panel.set_yscale("log")
+    panel.set_yticks(tried, [f"{rho:g}" for rho in tried])
+    panel.set_ylim(tried[0] / 1.3, tried[-1] * 1.3)
+    panel.yaxis.set_minor_locator(_no_ticks())
+    panel.set_title(r"best $\rho$ on validation", fontsize=10)
+
+
 def _curves(report: Report) -> dict[str, tuple[str, list[tuple[int, Outcome]]]]:
-    """For each optimizer its color, the same in every panel, and its outcomes by the number of parameters."""
-    names = list(dict.fromkeys(name for row in report.rows for name in row.optimizers))
-    return {
-        name: (f"C{i}", [(row.parameters, row.optimizers[name]) for row in report.rows if name in row.optimizers])
-        for i, name in enumerate(names)
-    }
+    """For each optimizer and condition its color, the same in every panel, and its outcomes by parameters."""
+    found: dict[str, list[tuple[int, Outcome]]] = {}
+    for row in report.rows:
+        for name, outcome in row.optimizers.items():
+            label = ", ".join(part for part in (name.upper(), described(row.condition)) if part)
+            found.setdefault(label, []).append((row.parameters, outcome))
+    return {label: (f"C{i}", outcomes) for i, (label, outcomes) in enumerate(found.items())}
 
 
 def _curve(
@@ -169,10 +186,16 @@ def _curve(
 ) -> None:
     """A curve through (parameters, mean), and a band of (parameters, low, high) where there are intervals."""
     if means:
-        panel.plot(*zip(*means, strict=True), "o-", label=label.upper(), color=color, linewidth=2, markersize=5)
+        panel.plot(*zip(*means, strict=True), "o-", label=label, color=color, linewidth=2, markersize=5)
     if band:
         counts, lows, highs = zip(*band, strict=True)
         panel.fill_between(counts, lows, highs, color=color, alpha=0.2, linewidth=0)
+
+
+def _no_ticks() -> Any:
+    from matplotlib.ticker import NullLocator
+
+    return NullLocator()
 
 
 def _label_values(panel: "Axes") -> None:

@@ -3,7 +3,8 @@
 Intervals are Student's t at 95 % over seeds; one seed gives none. The improvement is the final test
 metric with SAM less that of its base optimizer, paired by seed, with the sign turned where a lower
 metric is better: positive means that SAM is better. Of several rhos the one that is best on validation
-counts, chosen for each width.
+counts, chosen for each width and condition. A condition is what the sweep varies beside: label noise,
+sparsity, weight decay.
 
 The quantities of a minimum are its sharpness a = λ_max(H) and, where measured, the non-uniformity s_2,
 s_3, ... of the samples' Hessians. As they differ by orders of magnitude between runs, SAM is compared
@@ -24,6 +25,8 @@ from samlite.config import Config
 from samlite.intervals import Comparison, Geometric, Interval
 from samlite.sweep import finished, nonuniformity, read, sharpness
 
+CONDITIONS = ("label_noise", "sparsity", "weight_decay")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -33,6 +36,7 @@ class Outcome:
     best: Interval  # test metric at the epoch that is best on validation
     interpolating: int  # how many of the runs interpolate
     rho: float | None  # SAM's, selected on validation
+    validation: dict[float, Interval]  # validation metric by the rhos that were tried; empty without SAM
     improvement: Interval | None  # over the base optimizer, for SAM
     sharpness: Interval | None  # largest Hessian eigenvalue
     nonuniformity: dict[str, Interval]  # s_k by its order k
@@ -43,13 +47,14 @@ class Outcome:
 @dataclass(frozen=True)
 class Row:
     width: int
-    parameters: int
+    parameters: int  # that are trained: those a mask keeps
+    condition: dict[str, float]  # label noise, sparsity, weight decay: those of them that the sweep varies
     optimizers: dict[str, Outcome]
 
 
 @dataclass(frozen=True)
 class Report:
-    """A sweep's rows by growing width, and the names of the runs that are not in them."""
+    """A sweep's rows by condition and growing width, and the names of the runs that are not in them."""
 
     task: str
     metric: str
@@ -74,10 +79,17 @@ def summarize(folder: Path | str) -> Report:
         raise ValueError(f"{folder} must hold a finished run; repeat its sweep")
     task = tasks.get(cells[0].task)
     minima = {cell: _quantities(folder / cell.name) for cell in results}
+    varied = [name for name in CONDITIONS if len({getattr(cell, name) for cell in cells}) > 1]
+
+    def group(cell: Config) -> tuple[float, ...]:
+        return (*(getattr(cell, name) for name in varied), cell.width)
+
     try:
         rows = [
-            _row(width, {cell: results[cell] for cell in results if cell.width == width}, minima, task)
-            for width in sorted({cell.width for cell in results})
+            _row(
+                dict(zip(varied, key, strict=False)), {c: results[c] for c in results if group(c) == key}, minima, task
+            )
+            for key in sorted(set(map(group, results)))
         ]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder} has a result.json that no run wrote (it lacks {error})") from None
@@ -90,6 +102,11 @@ def summarize(folder: Path | str) -> Report:
         tuple(cell.name for cell in results if "a" not in minima[cell]),
         tuple(cell.name for cell in results if "s_2" not in minima[cell]),
     )
+
+
+def described(condition: dict[str, float]) -> str:
+    """A condition as people read it: label noise 0.25, sparsity 0.9."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in condition.items())
 
 
 def count_in_short(count: float) -> str:
@@ -108,7 +125,7 @@ def _quantities(folder: Path) -> dict[str, float]:
 
 
 def _row(
-    width: int,
+    condition: dict[str, float],
     results: dict[Config, dict[str, Any]],
     minima: dict[Config, dict[str, float]],
     task: tasks.Task,
@@ -118,13 +135,15 @@ def _row(
         by_rho[_label(cell)][cell.rho].append(cell)
     chosen = {name: _best_on_validation(list(of.values()), results, task) for name, of in by_rho.items()}
     optimizers = {
-        name: _outcome(cells, chosen.get(cells[0].base, []), results, minima, task) for name, cells in chosen.items()
+        name: _outcome(cells, by_rho[name], chosen.get(cells[0].base, []), results, minima, task)
+        for name, cells in chosen.items()
     }
-    return Row(width, next(iter(results.values()))["parameters"], optimizers)
+    return Row(next(iter(results)).width, next(iter(results.values()))["parameters"], condition, optimizers)
 
 
 def _outcome(
     cells: list[Config],
+    by_rho: dict[float, list[Config]],
     base: list[Config],
     results: dict[Config, dict[str, Any]],
     minima: dict[Config, dict[str, float]],
@@ -148,6 +167,11 @@ def _outcome(
         best,
         sum(results[cell]["interpolates"] for cell in cells),
         cells[0].rho if sam else None,
+        {
+            rho: interval
+            for rho, of in sorted(by_rho.items())
+            if sam and (interval := Interval.of(results[cell]["final"]["validation_metric"] for cell in of))
+        },
         Interval.of(sign * (final[cell] - final[other]) for cell, other in pairs),
         Interval.of(values["a"]),
         {
@@ -170,7 +194,8 @@ def _both(
 
 
 def _label(cell: Config) -> str:
-    return f"sam-{cell.base}" if cell.optimizer == "sam" and cell.base != "sgd" else cell.optimizer
+    usual = tasks.get(cell.task).base
+    return f"sam-{cell.base}" if cell.optimizer == "sam" and cell.base != usual else cell.optimizer
 
 
 def _best_on_validation(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from samlite import tasks
 from samlite.checkpoints import locked, read_json, write_json
 from samlite.config import Config
 
@@ -34,37 +35,55 @@ class Event:
 def grid(
     task: str,
     widths: Sequence[int],
-    optimizers: Sequence[str] = ("sgd", "sam"),
+    optimizers: Sequence[str] = (),
     seeds: int = 3,
     rhos: Sequence[float] = (),
     *,
+    label_noises: Sequence[float] = (),
+    sparsities: Sequence[float] = (),
+    weight_decays: Sequence[float] = (),
     recipe: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> list[Config]:
     """The cells, ordered so that what is compared is finished together.
 
     Args:
+        optimizers: default the task's baseline and SAM.
         seeds: how many, counted from 0.
         rhos: for SAM; default the recipe's.
+        label_noises, sparsities, weight_decays: conditions, every combination of which is swept.
         recipe, settings: as of `Config.of`. SAM wraps `base`, by default the first other optimizer.
     """
-    for name, values in (("widths", widths), ("optimizers", optimizers)):
-        if not values:
-            raise ValueError(f"{name} must name at least one, got none")
+    optimizers = optimizers or (tasks.get(task).base, "sam")
+    if not widths:
+        raise ValueError("widths must name at least one, got none")
     if seeds < 1:
         raise ValueError(f"seeds must be >= 1, got {seeds}")
     if rhos and "sam" not in optimizers:
         raise ValueError(f"rhos must go with sam among the optimizers, got {', '.join(optimizers)}")
-    base = settings.pop("base", None) or next((name for name in optimizers if name != "sam"), "sgd")
+    base = settings.pop("base", None) or next((name for name in optimizers if name != "sam"), None)
+    conditions: list[dict[str, Any]] = [
+        {"label_noise": noise, "sparsity": sparsity, "weight_decay": decay}
+        for noise in label_noises or (None,)
+        for sparsity in sparsities or (None,)
+        for decay in weight_decays or (None,)
+    ]
+    methods: list[dict[str, Any]] = []
+    for optimizer in optimizers:
+        own = {"base": base} if optimizer == "sam" else {}
+        methods += [{"optimizer": optimizer, "rho": rho, **own} for rho in (rhos if own and rhos else (None,))]
     cells = []
     for width in widths:
-        for seed in range(seeds):
-            for optimizer in optimizers:
-                own: dict[str, Any] = {"base": base} if optimizer == "sam" else {}
-                for rho in (rhos or (None,)) if optimizer == "sam" else (None,):
-                    choices = {"width": width, "seed": seed, "optimizer": optimizer, "rho": rho, **own}
-                    cells.append(Config.of(task, recipe, **choices, **settings))
+        for condition in conditions:
+            for seed in range(seeds):
+                for method in methods:
+                    cells.append(_cell(task, recipe, width=width, seed=seed, **condition, **method, **settings))
     return list(dict.fromkeys(cells))
+
+
+def _cell(task: str, recipe: Mapping[str, Any] | None, pruner: str | None = None, **choices: Any) -> Config:
+    """A config; the pruner is for the sparse ones."""
+    return Config.of(task, recipe, pruner=pruner if choices.get("sparsity") else None, **choices)
 
 
 def run(
@@ -191,7 +210,9 @@ def _merged(folder: Path, cells: Sequence[Config]) -> list[Config]:
 
 def _differences(old: Config, new: Config) -> str:
     """What two cells of one sweep must have in common, but do not."""
-    own = {"width", "optimizer", "base", "rho", "seed"}
+    own = {"width", "optimizer", "base", "rho", "seed", "label_noise", "sparsity", "weight_decay"}
+    if not (old.sparsity and new.sparsity):
+        own.add("pruner")
     if old.base != new.base:
         own |= {"lr", "momentum"}
     return "; ".join(

@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import samlite
-from samlite import tasks
+from samlite import network, tasks
 from samlite.checkpoints import (
     load_checkpoint,
-    load_model_weights,
     locked,
-    read_json,
     save_checkpoint,
     save_model_weights,
     write_json,
@@ -33,7 +32,9 @@ from samlite.config import Config, usable_device
 from samlite.hessian import Hessian
 from samlite.measure import SAMPLES
 from samlite.models import parameter_count
+from samlite.runs import LABELS, Run, check_folder, load_data, load_run, save_labels
 from samlite.sam import SAM
+from samlite.sparsity import masks_in
 from samlite.tasks import Splits, Task
 from samlite.tracking import Tracker
 
@@ -68,17 +69,6 @@ class TrackedRecord(EpochRecord):
     products: int  # Hessian-vector products that they took
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run: its final weights in evaluation mode, on the same device as its data."""
-
-    folder: Path
-    config: Config
-    task: Task
-    model: nn.Module
-    data: Splits
-
-
 def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[EpochRecord]:
     """Train in the folder `out` and yield a record an epoch; the result is there when the iterator ends.
 
@@ -93,36 +83,42 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
         BlockingIOError: another process trains in this folder.
     """
     out = Path(out)
-    _check_folder(out, config, resume)  # before anything is written there
+    check_folder(out, config, resume)  # before anything is written there
     with locked(out), _threads(config.threads):
-        _check_folder(out, config, resume)  # again: another process may have come first
+        check_folder(out, config, resume)  # again: another process may have come first
         if (out / "result.json").exists():
             return
 
         task, device = tasks.get(config.task), usable_device(config.device)
-        data = task.load(config.data, config.seed).to(device)
-        model = initial_model(task, config, data).to(device)
+        data = load_data(task, config, out).to(device)
+        path = out / "checkpoint.pt"
+        state = load_checkpoint(path) if path.exists() else {}
+        model = network.initial(task, config, data, masks_in(state["model"]) if "model" in state else None)
         optimizer = _optimizer(model, config)
         order = torch.Generator().manual_seed(config.seed)
         tracker = _tracker(model, task, data.train, config) if config.track else None
         records: list[EpochRecord] = []
         best: dict[str, Any] = {}
-        if (out / "checkpoint.pt").exists():
-            records, best = _restore(out / "checkpoint.pt", model, optimizer, order, tracker)
+        if state:
+            records, best = _restore(state, path, model, optimizer, order, tracker)
             write_lines(out / "metrics.jsonl", map(asdict, records))
         elif not (out / "config.json").exists():
             write_json(out / "config.json", {**config.to_json(), **_environment()})
+        if config.label_noise and not (out / LABELS).exists():
+            save_labels(data, out)
 
         gradient_evaluations = records[-1].gradient_evaluations if records else 0
         seconds_before = records[-1].seconds if records else 0.0
         started = saved = time.perf_counter()
         for epoch in range(len(records) + 1, config.epochs + 1):
+            if _stalled(best, epoch, config):
+                break
             lr = learning_rate(config, epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
             losses = []
-            with _random(config.seed, epoch, device):
+            with network.random_state(config.seed, epoch, device):
                 for inputs, targets in task.batches(model, data.train, config, order):
                     model.train()
 
@@ -156,7 +152,9 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
             if max(records, key=lambda r: task.rank(r.validation_metric, r.validation_loss)) is records[-1]:
                 test = task.evaluate(model, data.test)
                 best = {"epoch": epoch, "validation_metric": validation.metric, "test_metric": test.metric}
-            if epoch == config.epochs or time.perf_counter() - saved > SAVE_EVERY:
+                if config.patience:
+                    best["model"] = deepcopy(model.state_dict())  # to return to
+            if epoch == config.epochs or _stalled(best, epoch + 1, config) or time.perf_counter() - saved > SAVE_EVERY:
                 state = {
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
@@ -170,8 +168,12 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
                 saved = time.perf_counter()
             yield records[-1]
 
+        end = records[-1]
+        if config.patience:
+            model.load_state_dict(best.pop("model"))
+            end = records[best["epoch"] - 1]
         save_model_weights(out / "model.safetensors", model)
-        write_json(out / "result.json", _result(model, task, data.test, records[-1], best))
+        write_json(out / "result.json", _result(model, task, config, data, records[-1], end, best))
 
 
 def learning_rate(config: Config, epoch: int) -> float:
@@ -181,29 +183,6 @@ def learning_rate(config: Config, epoch: int) -> float:
         return config.lr * (1 + math.cos(math.pi * done)) / 2
     passed = sum(done >= milestone for milestone in config.milestones)
     return float(config.lr / 10**passed)
-
-
-def load_run(folder: Path | str, device: str | None = None) -> Run:
-    """A finished run with its data. Raises ValueError where the folder holds none."""
-    folder = Path(folder)
-    if not (folder / "result.json").is_file():
-        raise ValueError(f"{folder} must be the folder of a finished run; it has no result.json")
-    config = Config.from_json(read_json(folder / "config.json"), folder / "config.json")
-    task, place = tasks.get(config.task), usable_device(device or config.device)
-    data = task.load(config.data, config.seed).to(place)
-    model = initial_model(task, config, data)
-    load_model_weights(folder / "model.safetensors", model)
-    return Run(folder, config, task, model.to(place).eval(), data)
-
-
-def initial_model(task: Task, config: Config, data: Splits) -> nn.Module:
-    """The network at its first weights, drawn on the CPU, so that every device starts from the same."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
-        try:
-            return task.build(config.width, config.dropout, data.sizes)
-        except (MemoryError, OverflowError, RuntimeError) as error:
-            raise ValueError(f"width must leave a network that fits in memory, got {config.width}") from error
 
 
 def _optimizer(model: nn.Module, config: Config) -> Any:  # whose step returns the loss as a tensor
@@ -224,28 +203,19 @@ def _tracker(model: nn.Module, task: Task, data: Any, config: Config) -> Tracker
     return Tracker(Hessian(model, task.loss, samples), config.track)
 
 
-def _check_folder(out: Path, config: Config, resume: bool) -> None:
-    """Raise ValueError unless the folder is empty or, to resume, holds this very run."""
-    if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
-        return
-    if not resume:
-        raise ValueError(f"{out} must be empty without resuming; choose another folder or delete this one")
-    if not (out / "config.json").exists():
-        raise ValueError(f"{out} must be empty or hold a run, but it has no config.json; choose another folder")
-    found = Config.from_json(read_json(out / "config.json"), out / "config.json")
-    differences = [
-        f"{name} {value} there, {getattr(config, name)} now"
-        for name, value in vars(found).items()
-        if value != getattr(config, name)
-    ]
-    if differences:
-        raise ValueError(f"{out} holds another run ({'; '.join(differences)}); choose another folder")
+def _stalled(best: dict[str, Any], epoch: int, config: Config) -> bool:
+    """Whether training stops before this epoch, as none of the last `patience` was the best on validation."""
+    return bool(config.patience and best and epoch - best["epoch"] > config.patience)
 
 
 def _restore(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, order: torch.Generator, tracker: Tracker | None
+    state: dict[str, Any],
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    order: torch.Generator,
+    tracker: Tracker | None,
 ) -> tuple[list[EpochRecord], dict[str, Any]]:
-    state = load_checkpoint(path)
     kind = TrackedRecord if tracker else EpochRecord
     try:
         model.load_state_dict(state["model"])
@@ -256,14 +226,6 @@ def _restore(
         return [kind(**record) for record in state["records"]], dict(state["best"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint of this run; delete it to start afresh") from error
-
-
-@contextmanager
-def _random(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
-    """Dropout and the like draw from a state that the seed and the epoch decide, so a resumed run needs no other."""
-    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
-        torch.manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        yield
 
 
 @contextmanager
@@ -287,23 +249,40 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _result(model: nn.Module, task: Task, test: Any, last: EpochRecord, best: dict[str, Any]) -> dict[str, Any]:
-    test_scores = task.evaluate(model, test)
+def _result(
+    model: nn.Module,
+    task: Task,
+    config: Config,
+    data: Splits,
+    last: EpochRecord,
+    end: EpochRecord,
+    best: dict[str, Any],
+) -> dict[str, Any]:
+    """Of a model at the weights it ends with: those after the last epoch, or the best one with patience."""
+    test = task.evaluate(model, data.test)
     return {
         "metric": task.metric,
         "final": {
-            "train_loss": last.train_loss,
-            "train_metric": last.train_metric,
-            "validation_loss": last.validation_loss,
-            "validation_metric": last.validation_metric,
-            "test_loss": test_scores.loss,
-            "test_metric": test_scores.metric,
-            **{f"test_{name}": value for name, value in test_scores.others.items()},
+            "train_loss": end.train_loss,
+            "train_metric": end.train_metric,
+            "validation_loss": end.validation_loss,
+            "validation_metric": end.validation_metric,
+            "test_loss": test.loss,
+            "test_metric": test.metric,
+            **{f"test_{name}": value for name, value in test.others.items()},
         },
         "best": best,  # the epoch is selected on validation
-        "interpolates": last.train_loss < 1e-3 and (not task.classes or last.train_metric == 1),
+        "interpolates": end.train_loss < 1e-3 and (not task.classes or end.train_metric == 1),
         "parameters": parameter_count(model),
+        **({"dense_parameters": parameter_count(network.dense(task, config, data))} if config.sparsity else {}),
+        **({"label_noise": _noise(config, data)} if config.label_noise else {}),
         "epochs": last.epoch,
         "gradient_evaluations": last.gradient_evaluations,
         "seconds": last.seconds,
     }
+
+
+def _noise(config: Config, data: Splits) -> dict[str, Any]:
+    """What was done to the training labels, which the run's folder holds."""
+    changed = round(config.label_noise * int((data.train.targets >= 0).sum()))
+    return {"rate": config.label_noise, "seed": config.seed, "changed": changed}

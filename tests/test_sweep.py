@@ -60,7 +60,6 @@ def test_sam_wraps_the_first_other_optimizer_of_a_grid() -> None:
         ({"rhos": [-0.1]}, "rho must be >= 0, got -0.1"),
         ({"recipe": {"widht": 3}}, "a recipe holds .* got 'widht'"),
         ({"widths": []}, "widths must name at least one"),
-        ({"optimizers": []}, "optimizers must name at least one"),
     ],
 )
 def test_a_bad_grid_is_refused(arguments: dict[str, Any], message: str) -> None:

@@ -12,6 +12,7 @@ from conftest import command, contents, process
 from torch import nn
 
 from samlite import Hessian, checkpoints, tasks, training
+from samlite.checkpoints import load_weights
 from samlite.config import Config
 from samlite.tracking import Tracker
 from samlite.training import TrackedRecord, TrainingError, learning_rate, load_run, train
@@ -450,3 +451,57 @@ def test_mnist_is_learned_from_parquet(tmp_path: Path, real_data: Path) -> None:
     config = Config.of("mnist", data=str(real_data / "mnist"), width=30, epochs=1, device="cpu")
     list(train(config, tmp_path))
     assert result(tmp_path)["final"]["test_metric"] > 0.85  # one epoch over 7,200 images
+
+
+def test_noisy_labels_are_kept_with_the_run_and_trained_on(tmp_path: Path) -> None:
+    config = digits(label_noise=0.2)
+    list(train(config, tmp_path))
+    clean = tasks.get("digits").load(None, 0)
+    run = load_run(tmp_path)
+    changed = int((run.data.train.targets != clean.train.targets).sum())
+    assert changed == 180 and result(tmp_path)["label_noise"] == {"rate": 0.2, "seed": 0, "changed": 180}
+    assert torch.equal(run.data.validation.targets, clean.validation.targets)
+    assert torch.equal(run.data.test.targets, clean.test.targets)
+    assert torch.equal(load_weights(tmp_path / "labels.safetensors")["labels"], run.data.train.targets)
+    assert run.task.evaluate(run.model, run.data.train).loss == result(tmp_path)["final"]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"label_noise": 0.3},
+        {"sparsity": 0.8, "pruner": "snip", "optimizer": "sam"},
+        {"patience": 2, "lr": 0.3},
+        {"linearize": True, "sparsity": 0.5},
+    ],
+)
+def test_every_condition_resumes_to_the_same_files(tmp_path: Path, choices: dict[str, Any]) -> None:
+    config = digits(epochs=6, **choices)
+    list(train(config, tmp_path / "whole"))
+    for _ in zip(range(3), train(config, tmp_path / "parts"), strict=False):
+        pass
+    list(train(config, tmp_path / "parts"))
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_sparse_run_counts_the_weights_that_it_trains(tmp_path: Path) -> None:
+    list(train(digits(sparsity=0.75, pruner="magnitude"), tmp_path))
+    weights = 64 * 8 + 8 * 3 + 3 * 10
+    end = result(tmp_path)
+    assert end["dense_parameters"] == weights + 21 and end["parameters"] == weights - round(0.75 * weights) + 21
+    run = load_run(tmp_path)
+    layers = [run.model[i].weight for i in (0, 2, 4)]
+    assert sum(int((layer != 0).sum()) for layer in layers) <= weights - round(0.75 * weights)
+    assert run.task.evaluate(run.model, run.data.test).loss == end["final"]["test_loss"]
+
+
+def test_early_stopping_returns_to_the_best_epoch(tmp_path: Path) -> None:
+    config = digits(width=64, epochs=40, patience=3, label_noise=0.4, schedule="constant")
+    records = list(train(config, tmp_path))
+    end = result(tmp_path)
+    best = end["best"]["epoch"]
+    assert len(records) == best + 3 < 40 and end["epochs"] == best + 3
+    assert end["final"]["validation_metric"] == records[best - 1].validation_metric
+    run = load_run(tmp_path)
+    assert run.task.evaluate(run.model, run.data.validation).metric == records[best - 1].validation_metric
+    assert list(train(config, tmp_path)) == []

@@ -1,0 +1,54 @@
+"""The network of a run: its first weights, and what its config makes of it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from samlite.config import Config
+from samlite.linear import Linearized
+from samlite.sparsity import choose, mask
+from samlite.tasks import Splits, Task
+
+
+def initial(task: Task, config: Config, data: Splits, masks: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The network of a run at its first weights, masked and linearised as the config says, beside its data.
+
+    Weights are drawn on the CPU, so that every device starts from the same. Masks are chosen unless they are given.
+    """
+    network = dense(task, config, data).to(data.train.targets.device)
+    if config.sparsity:
+        mask(network, _chosen(network, task, config, data) if masks is None else masks)
+    return Linearized(network) if config.linearize else network
+
+
+def dense(task: Task, config: Config, data: Splits) -> nn.Module:
+    """The task's network at its first weights, on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        try:
+            return task.build(config.width, config.dropout, data.sizes)
+        except (MemoryError, OverflowError, RuntimeError) as error:
+            raise ValueError(f"width must leave a network that fits in memory, got {config.width}") from error
+
+
+@contextmanager
+def random_state(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
+    """Dropout and the like draw from a state that the seed and the epoch decide, so a resumed run needs no other."""
+    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
+        torch.manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        yield
+
+
+def _chosen(network: nn.Module, task: Task, config: Config, data: Splits) -> dict[str, Tensor]:
+    def loss(model: nn.Module) -> Tensor:
+        batches = task.batches(model, data.train, config, torch.Generator().manual_seed(config.seed))
+        inputs, targets = next(batches)
+        result: Tensor = task.loss(model.train()(inputs), targets)
+        return result
+
+    assert config.pruner is not None
+    with random_state(config.seed, 0, data.train.targets.device):
+        return choose(deepcopy(network), config.sparsity, config.pruner, loss, config.seed)

@@ -1,0 +1,87 @@
+"""The folder of a run: whether it is this run's, the labels it trains on, and the run when it is finished."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from samlite import network, tasks
+from samlite.checkpoints import load_model_weights, load_weights, read_json, save_tensors
+from samlite.config import Config, usable_device
+from samlite.sparsity import masks_in
+from samlite.tasks import Splits, Task
+from samlite.tasks.noise import noisy
+from samlite.tasks.task import classes_of
+
+LABELS = "labels.safetensors"  # of a run with label noise
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its final weights in evaluation mode, on the same device as its data."""
+
+    folder: Path
+    config: Config
+    task: Task
+    model: nn.Module
+    data: Splits
+
+
+def load_run(folder: Path | str, device: str | None = None) -> Run:
+    """A finished run with its data. Raises ValueError where the folder holds none."""
+    folder = Path(folder)
+    if not (folder / "result.json").is_file():
+        raise ValueError(f"{folder} must be the folder of a finished run; it has no result.json")
+    config = Config.from_json(read_json(folder / "config.json"), folder / "config.json")
+    task, place = tasks.get(config.task), usable_device(device or config.device)
+    data = load_data(task, config, folder).to(place)
+    return Run(folder, config, task, final_network(task, config, data, folder), data)
+
+
+def final_network(task: Task, config: Config, data: Splits, folder: Path) -> nn.Module:
+    """The trained network in evaluation mode, beside its data."""
+    path = folder / "model.safetensors"
+    masks: Mapping[str, Tensor] = masks_in(load_weights(path)) if config.sparsity else {}
+    model = network.initial(task, config, data, masks)
+    load_model_weights(path, model)
+    return model.eval()
+
+
+def load_data(task: Task, config: Config, folder: Path) -> Splits:
+    """The data on the CPU, the training labels with their noise, which stays what the folder says once it does."""
+    data = task.load(config.data, config.seed)
+    if not config.label_noise:
+        return data
+    if (folder / LABELS).exists():
+        labels = load_weights(folder / LABELS).get("labels")
+        if labels is None or labels.shape != data.train.targets.shape:
+            raise ValueError(f"{folder / LABELS} does not hold the labels of this run's data; delete it")
+    else:
+        classes = classes_of(task, data)
+        assert classes is not None  # the config was checked
+        labels = noisy(data.train.targets, classes, config.label_noise, config.seed)
+    return replace(data, train=replace(data.train, targets=labels))
+
+
+def save_labels(data: Splits, folder: Path) -> None:
+    """Keep the labels that are trained on."""
+    save_tensors(folder / LABELS, {"labels": data.train.targets.cpu()})
+
+
+def check_folder(out: Path, config: Config, resume: bool) -> None:
+    """Raise ValueError unless the folder is empty or, to resume, holds this very run."""
+    if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
+        return
+    if not resume:
+        raise ValueError(f"{out} must be empty without resuming; choose another folder or delete this one")
+    if not (out / "config.json").exists():
+        raise ValueError(f"{out} must be empty or hold a run, but it has no config.json; choose another folder")
+    found = Config.from_json(read_json(out / "config.json"), out / "config.json")
+    differences = [
+        f"{name} {value} there, {getattr(config, name)} now"
+        for name, value in vars(found).items()
+        if value != getattr(config, name)
+    ]
+    if differences:
+        raise ValueError(f"{out} holds another run ({'; '.join(differences)}); choose another folder")
