@@ -1,9 +1,10 @@
 """What the commands share on screen: results on stdout, progress on stderr."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.box import SIMPLE_HEAD
@@ -17,6 +18,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from samlite.intervals import Interval
 
 stdout = Console(markup=False, highlight=False)
 stderr = Console(markup=False, highlight=False, stderr=True)
@@ -67,3 +71,17 @@ def shortened(names: Sequence[str], most: int) -> str:
     """The first of many names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def interval(value: "Interval | None", scale: float = 1, sign: str = "") -> str:
+    """Mean ± half width, to two digits of the latter."""
+    if value is None:
+        return "–"
+    middle, half = scale * value.mean, value.half_width
+    if half is None:
+        return f"{middle:{sign}.4g}"
+    half *= scale
+    digits = max(0, 1 - math.floor(math.log10(half))) if half else 3
+    if digits > 5:
+        return f"{middle:{sign}.2g} ± {half:.2g}"
+    return f"{middle:{sign}.{digits}f} ± {half:.{digits}f}"

@@ -1,18 +1,18 @@
 """`samlite report`."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from samlite.cli.console import print_json, shortened, stdout, table
+from samlite.cli.claims import present_convergence, present_solutions
+from samlite.cli.console import interval, print_json, shortened, stdout, table
 from samlite.cli.options import existing, json_option
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from samlite.intervals import Comparison, Interval
+    from samlite.intervals import Comparison
     from samlite.report import Outcome, Report, Row
 
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Draw improvement, and what was measured, against parameters to this file.",
 )
+@click.option("--convergence", "view", flag_value="convergence", help="Rates of linear convergence instead.")
+@click.option("--solutions", "view", flag_value="solutions", help="Spread and distances of interpolating runs instead.")
 @json_option
-def report(folder: Path, figure: Path | None, as_json: bool) -> None:
+def report(folder: Path, figure: Path | None, view: str | None, as_json: bool) -> None:
     """For each width of a sweep, with 95 % intervals: test metrics, SAM's improvement, and what was measured
     of the minima, with the ratio of SAM's to those of its base optimizer.
 
@@ -34,8 +36,10 @@ def report(folder: Path, figure: Path | None, as_json: bool) -> None:
       samlite report runs/digits
       samlite report runs/digits --figure improvement.png
       samlite report runs/digits --json
+      samlite report runs/digits --convergence --figure convergence.png
+      samlite report runs/digits --solutions
     """
-    present(folder, as_json, figure)
+    {"convergence": present_convergence, "solutions": present_solutions, None: present}[view](folder, as_json, figure)
 
 
 def present(folder: Path, as_json: bool, figure: Path | None = None) -> None:
@@ -92,9 +96,9 @@ def _show_metrics(found: "Report") -> None:
                 _label(name, outcome),
                 str(outcome.metric.n),
                 *[str(outcome.interpolating)] * interpolating,
-                _interval(outcome.metric, scale),
-                _interval(outcome.improvement, scale, "+"),
-                *[_interval(outcome.sharpness)] * sharpness,
+                interval(outcome.metric, scale),
+                interval(outcome.improvement, scale, "+"),
+                *[interval(outcome.sharpness)] * sharpness,
             )
             size = ("",) * len(size)
         view.add_section()
@@ -109,8 +113,8 @@ def _show_minima(found: "Report") -> None:
     for row in found.rows:
         place = (*_condition(row), str(row.width))
         for name, outcome in row.optimizers.items():
-            spread = (_interval(outcome.nonuniformity.get(order)) for order in orders)
-            view.add_row(*place, _label(name, outcome), _interval(outcome.sharpness), *spread)
+            spread = (interval(outcome.nonuniformity.get(order)) for order in orders)
+            view.add_row(*place, _label(name, outcome), interval(outcome.sharpness), *spread)
             place = ("",) * len(place)
         view.add_section()
     stdout.print(view)
@@ -172,20 +176,6 @@ def _comparison(found: "Comparison | None", narrow: bool) -> str:
 def _digits(value: float) -> str:
     """Two digits, or all those of a number in the hundreds and thousands."""
     return f"{value:.0f}" if 99.5 <= value < 1e4 else f"{value:#.2g}".rstrip(".")
-
-
-def _interval(value: "Interval | None", scale: float = 1, sign: str = "") -> str:
-    """Mean ± half width, to two digits of the latter."""
-    if value is None:
-        return "–"
-    middle, half = scale * value.mean, value.half_width
-    if half is None:
-        return f"{middle:{sign}.4g}"
-    half *= scale
-    digits = max(0, 1 - math.floor(math.log10(half))) if half else 3
-    if digits > 5:
-        return f"{middle:{sign}.2g} ± {half:.2g}"
-    return f"{middle:{sign}.{digits}f} ± {half:.{digits}f}"
 
 
 def _notes(found: "Report") -> list[str]:

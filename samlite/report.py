@@ -22,10 +22,9 @@ from typing import Any
 from samlite import tasks
 from samlite.checkpoints import read_json
 from samlite.config import Config
+from samlite.groups import condition_of, label_of, varying
 from samlite.intervals import Comparison, Geometric, Interval
 from samlite.sweep import finished, nonuniformity, read, sharpness
-
-CONDITIONS = ("label_noise", "sparsity", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -79,17 +78,12 @@ def summarize(folder: Path | str) -> Report:
         raise ValueError(f"{folder} must hold a finished run; repeat its sweep")
     task = tasks.get(cells[0].task)
     minima = {cell: _quantities(folder / cell.name) for cell in results}
-    varied = [name for name in CONDITIONS if len({getattr(cell, name) for cell in cells}) > 1]
-
-    def group(cell: Config) -> tuple[float, ...]:
-        return (*(getattr(cell, name) for name in varied), cell.width)
-
+    varied = varying(cells)
+    places = {cell: (condition_of(cell, varied), cell.width) for cell in results}
     try:
         rows = [
-            _row(
-                dict(zip(varied, key, strict=False)), {c: results[c] for c in results if group(c) == key}, minima, task
-            )
-            for key in sorted(set(map(group, results)))
+            _row(dict(place[0]), {cell: results[cell] for cell in results if places[cell] == place}, minima, task)
+            for place in sorted(set(places.values()))
         ]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder} has a result.json that no run wrote (it lacks {error})") from None
@@ -102,11 +96,6 @@ def summarize(folder: Path | str) -> Report:
         tuple(cell.name for cell in results if "a" not in minima[cell]),
         tuple(cell.name for cell in results if "s_2" not in minima[cell]),
     )
-
-
-def described(condition: dict[str, float]) -> str:
-    """A condition as people read it: label noise 0.25, sparsity 0.9."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in condition.items())
 
 
 def count_in_short(count: float) -> str:
@@ -132,7 +121,7 @@ def _row(
 ) -> Row:
     by_rho: dict[str, dict[float, list[Config]]] = defaultdict(lambda: defaultdict(list))
     for cell in results:
-        by_rho[_label(cell)][cell.rho].append(cell)
+        by_rho[label_of(cell)][cell.rho].append(cell)
     chosen = {name: _best_on_validation(list(of.values()), results, task) for name, of in by_rho.items()}
     optimizers = {
         name: _outcome(cells, by_rho[name], chosen.get(cells[0].base, []), results, minima, task)
@@ -191,11 +180,6 @@ def _both(
     for one, other in pairs:
         if name in minima[one] and name in minima[other]:
             yield minima[one][name], minima[other][name]
-
-
-def _label(cell: Config) -> str:
-    usual = tasks.get(cell.task).base
-    return f"sam-{cell.base}" if cell.optimizer == "sam" and cell.base != usual else cell.optimizer
 
 
 def _best_on_validation(

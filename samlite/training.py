@@ -57,6 +57,7 @@ class EpochRecord:
     validation_loss: float
     validation_metric: float
     lr: float
+    steps: int  # of the optimizer so far
     gradient_evaluations: int  # so far: forward and backward passes over a batch
     seconds: float  # so far
 
@@ -107,6 +108,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
         if config.label_noise and not (out / LABELS).exists():
             save_labels(data, out)
 
+        steps = records[-1].steps if records else 0
         gradient_evaluations = records[-1].gradient_evaluations if records else 0
         seconds_before = records[-1].seconds if records else 0.0
         started = saved = time.perf_counter()
@@ -132,6 +134,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
 
                     losses.append(optimizer.step(closure).detach())
 
+            steps += len(losses)
             train, validation = task.evaluate(model, data.train), task.evaluate(model, data.validation)
             if not all(map(math.isfinite, [*torch.stack(losses).tolist(), train.loss, validation.loss])):
                 raise TrainingError(
@@ -145,6 +148,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
                 validation.loss,
                 validation.metric,
                 lr,
+                steps,
                 gradient_evaluations,
                 seconds_before + time.perf_counter() - started,
             )

@@ -1,0 +1,63 @@
+"""The runs of a sweep that differ by their seed alone."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from samlite import tasks
+from samlite.config import Config
+from samlite.sweep import finished, read
+
+CONDITIONS = ("label_noise", "sparsity", "weight_decay")  # what a sweep may vary beside width, optimizer, rho and seed
+
+
+@dataclass(frozen=True)
+class Group:
+    """What the runs of a group have in common."""
+
+    condition: tuple[tuple[str, float], ...]  # of `CONDITIONS`, those that the sweep varies
+    width: int
+    optimizer: str
+    rho: float | None  # of SAM
+
+    @property
+    def label(self) -> str:
+        """Such as: sam ρ=0.1, label noise 0.25."""
+        own = self.optimizer if self.rho is None else f"{self.optimizer} ρ={self.rho:g}"
+        return ", ".join(part for part in (own, described(self.condition)) if part)
+
+
+def groups(folder: Path) -> dict[Group, list[Config]]:
+    """The finished runs of a sweep, grouped, by condition and growing width. Raises ValueError where there are none."""
+    cells = read(folder)
+    done = [cell for cell in cells if finished(folder / cell.name, cell)]
+    if not done:
+        raise ValueError(f"{folder} must hold a finished run; repeat its sweep")
+    varied = varying(cells)
+    found: dict[Group, list[Config]] = {}
+    for cell in done:
+        rho = cell.rho if cell.optimizer == "sam" else None
+        found.setdefault(Group(condition_of(cell, varied), cell.width, label_of(cell), rho), []).append(cell)
+    return {group: found[group] for group in sorted(found, key=lambda group: (group.condition, group.width))}
+
+
+def varying(cells: Iterable[Config]) -> list[str]:
+    """The conditions in which the cells differ."""
+    cells = list(cells)
+    return [name for name in CONDITIONS if len({getattr(cell, name) for cell in cells}) > 1]
+
+
+def condition_of(cell: Config, names: Iterable[str]) -> tuple[tuple[str, float], ...]:
+    """The values of a cell by the names of these conditions."""
+    return tuple((name, getattr(cell, name)) for name in names)
+
+
+def described(condition: Iterable[tuple[str, float]]) -> str:
+    """A condition as people read it: label noise 0.25, sparsity 0.9."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in condition)
+
+
+def label_of(cell: Config) -> str:
+    """The optimizer of a cell; with the one that SAM wraps where that is not the task's baseline."""
+    usual = tasks.get(cell.task).base
+    return f"sam-{cell.base}" if cell.optimizer == "sam" and cell.base != usual else cell.optimizer

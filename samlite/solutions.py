@@ -1,0 +1,118 @@
+"""The space of solutions: how far apart the interpolating minima of a sweep are, and from where they started.
+
+Of the runs of each group that interpolate: the spread over seeds of the test metric and of the sharpness, the distance
+of the weights from their first values, and the distance between SAM's solution and that of its base optimizer, from the
+same first weights. Distances are Euclidean over all parameters that are trained.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import stdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samlite import network, tasks
+from samlite.checkpoints import read_json
+from samlite.config import Config
+from samlite.groups import Group, groups
+from samlite.intervals import Interval
+from samlite.runs import final_network
+from samlite.sparsity import masks_in
+from samlite.sweep import sharpness
+from samlite.tasks import Splits
+
+
+@dataclass(frozen=True)
+class Solutions:
+    """Of the interpolating runs of a group."""
+
+    group: Group
+    parameters: int
+    runs: int
+    interpolating: int
+    metric: Interval | None  # test
+    metric_spread: float | None  # standard deviation over seeds; None for fewer than two
+    sharpness_spread: float | None  # standard deviation of ln(λ_max)
+    travelled: Interval | None  # from the first weights
+    relative: Interval | None  # the same over the norm of the first weights
+    apart: Interval | None  # of SAM: from the base optimizer's solution of the same seed, where that interpolates too
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"group": {**asdict(self.group), "condition": dict(self.group.condition)}}
+
+
+def solutions(folder: Path | str) -> list[Solutions]:
+    """Of every group of a sweep's finished runs. Raises ValueError where there are none."""
+    folder = Path(folder)
+    grouped = groups(folder)
+    results = {cell: read_json(folder / cell.name / "result.json") for cells in grouped.values() for cell in cells}
+    inside = {cell for cell, result in results.items() if result["interpolates"]}
+    one = next(iter(results))
+    data = tasks.get(one.task).load(one.data, one.seed)  # only its sizes matter, which no seed changes
+    # No more than the solutions of a group and those of its base are in memory.
+    return [
+        _solutions(group, cells, [cell for cell in inside if _shares(group, cells[0], cell)], results, folder, data)
+        for group, cells in grouped.items()
+    ]
+
+
+def _shares(group: Group, sam: Config, other: Config) -> bool:
+    """Whether the other run is of the base optimizer and differs by that and its seed alone."""
+    alike = replace(other, seed=sam.seed, optimizer="sam", rho=sam.rho, lr=sam.lr, momentum=sam.momentum) == sam
+    return group.rho is not None and other.optimizer == sam.base and alike
+
+
+def _solutions(
+    group: Group,
+    cells: list[Config],
+    base: list[Config],
+    results: dict[Config, dict[str, Any]],
+    folder: Path,
+    data: Splits,
+) -> Solutions:
+    inside = [cell for cell in cells if results[cell]["interpolates"]]
+    metrics = [results[cell]["final"]["test_metric"] for cell in inside]
+    sharp = [math.log(a) for cell in inside if (a := sharpness(folder / cell.name)) is not None and a > 0]
+    of_seed = {cell.seed: cell for cell in base}
+    moved, shares, apart = [], [], []
+    for cell in inside:
+        weights, first = _weights(cell, folder, data)
+        moved.append(float(torch.dist(weights, first)))
+        shares.append(moved[-1] / float(first.norm()))
+        if cell.seed in of_seed:
+            other, _ = _weights(of_seed[cell.seed], folder, data)
+            if len(other) == len(weights):  # SNIP may choose other masks on another machine
+                apart.append(float(torch.dist(weights, other)))
+    return Solutions(
+        group,
+        results[cells[0]]["parameters"],
+        len(cells),
+        len(inside),
+        Interval.of(metrics),
+        _spread(metrics),
+        _spread(sharp),
+        Interval.of(moved),
+        Interval.of(shares),
+        Interval.of(apart),
+    )
+
+
+def _weights(cell: Config, folder: Path, data: Splits) -> tuple[Tensor, Tensor]:
+    """The final and the first weights of a run, flat, in float64."""
+    task = tasks.get(cell.task)
+    final = final_network(task, cell, data, folder / cell.name)
+    first = network.initial(task, cell, data, masks_in(final.state_dict()))
+    return _flat(final), _flat(first)
+
+
+def _flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten().double() for p in model.parameters()])
+
+
+def _spread(values: Iterable[float]) -> float | None:
+    sample = list(values)
+    return stdev(sample) if len(sample) > 1 else None
