@@ -1,4 +1,5 @@
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,44 @@ def test_only_seeds_that_both_have_are_compared_and_without_a_base_none(sweep: S
     assert outcomes["sam-adam"].improvement == Interval(pytest.approx(0.01), None, 1)
     assert outcomes["sam-adam"].metric.n == 2 and outcomes["sam-adamw"].improvement is None
     assert found.unfinished == ("adam-w8-s1",)
+
+
+def test_each_condition_has_rows_of_its_own_and_its_own_pairs(sweep: Sweep) -> None:
+    for noise, gain in ((0.0, 0.01), (0.5, 0.05)):
+        for width in (8, 32):
+            sweep.add(0.8, optimizer="sgd", width=width, label_noise=noise)
+            sweep.add(0.8 + gain, optimizer="sam", width=width, label_noise=noise)
+    found = summarize(sweep.folder)
+    places = [(row.condition, row.width) for row in found.rows]
+    assert places == [({"label_noise": noise}, width) for noise in (0.0, 0.5) for width in (8, 32)]
+    gains = [row.optimizers["sam"].improvement for row in found.rows]
+    assert [gain and gain.mean for gain in gains] == pytest.approx([0.01, 0.01, 0.05, 0.05])
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_every_rho_that_was_tried_is_reported_with_its_validation_metric(sweep: Sweep) -> None:
+    sweep.add(0.9, optimizer="sgd")
+    for rho, validation in ((0.1, 0.8), (0.05, 0.7)):
+        sweep.add(0.9, optimizer="sam", rho=rho, validation=validation)
+    outcomes = summarize(sweep.folder).rows[0].optimizers
+    assert outcomes["sam"].validation == {0.05: Interval(0.7, None, 1), 0.1: Interval(0.8, None, 1)}
+    assert outcomes["sgd"].validation == {}
+
+
+def test_the_figure_shows_the_best_rho_where_several_were_tried_and_a_curve_a_condition(
+    tmp_path: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(sys.modules[by_width.__module__], "save", lambda figure, path: drawn.append(figure))
+    for noise in (0.0, 0.5):
+        sweep.add(0.9, optimizer="sgd", label_noise=noise)
+        for rho in (0.05, 0.1):
+            sweep.add(0.9, optimizer="sam", rho=rho, validation=0.9 + rho, label_noise=noise)
+    by_width(summarize(sweep.folder), tmp_path / "figure.png")
+    improvement, best = drawn[0].axes
+    assert [line.get_ydata().tolist() for line in best.lines] == [[0.1], [0.1]]
+    assert [line.get_label() for line in improvement.lines[1:]] == ["SAM, label noise 0", "SAM, label noise 0.5"]
 
 
 def test_rows_are_ordered_by_width_and_json_holds_the_report(sweep: Sweep) -> None:
@@ -306,9 +345,9 @@ def test_a_figure_of_nothing_or_of_no_known_format_is_refused(tmp_path: Path, fo
 def test_the_figure_has_a_panel_for_each_quantity_with_geometric_means(
     tmp_path: Path, measured: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figures = pytest.importorskip("matplotlib.figure")
+    pytest.importorskip("matplotlib")
     drawn: list[Any] = []
-    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr(sys.modules[by_width.__module__], "save", lambda figure, path: drawn.append(figure))
     found = summarize(measured.folder)
     by_width(found, tmp_path / "figure.png")
     improvement, *panels = drawn[0].axes
