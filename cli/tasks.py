@@ -43,17 +43,26 @@ def _show(task: "Task") -> None:
     recipe = asdict(task.recipe)
     recipe["lr"] = ", ".join(f"{value:g} {base}" for base, value in recipe["lr"].items())
     recipe["milestones"] = ", ".join(map(str, recipe["milestones"])) + " of the epochs"
+    recipe |= {f"--set {name}": value for name, value in recipe.pop("settings").items()}
     view = facts(f"{task.name}: {task.summary}")
     view.add_row("network", task.network)
     view.add_row("parameters", ", ".join(f"width {width}: {n}" for width, n in _parameters(task).items()))
     view.add_row("data", task.data)
+    if task.extra:
+        view.add_row("needs", f"pip install 'samlite[{task.extra}]'")
     if task.source:
         view.add_row("source", f"--data, by default {task.source}")
     view.add_row("test metric", f"{task.metric}, {'higher' if task.higher_is_better else 'lower'} is better")
+    view.add_row("optimizers", f"{task.base} and SAM around it")
     for name, value in recipe.items():
-        view.add_row(name.replace("_", " "), str(value))
+        if value is not None and not (name == "milestones" and task.recipe.schedule != "step"):
+            view.add_row(name.replace("_", " "), str(value))
+    if task.augments:
+        view.add_row("augmentation", "yes, unless --no-augment")
     stdout.print(view)
-    stdout.print(f"samlite sweep {task.name} --widths {','.join(map(str, task.widths))}")
+    data = " --data ID_OR_PATH" if task.source else ""
+    stdout.print(f"samlite train {task.name} --width {task.width}{data}")
+    stdout.print(f"samlite sweep {task.name} --widths {','.join(map(str, task.widths))}{data}")
 
 
 def _parameters(task: "Task") -> dict[int, str]:
@@ -67,5 +76,8 @@ def _document(task: "Task") -> dict[str, Any]:
     return {
         **{name: getattr(task, name) for name in names},
         "parameters": {width: task.parameters(width) for width in task.widths},
+        "needs": task.extra,
+        "base": task.base,
+        "augments": task.augments,
         "recipe": asdict(task.recipe),
     }

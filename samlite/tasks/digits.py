@@ -36,6 +36,7 @@ TASK = Task(
     loss=nn.CrossEntropyLoss(),
     metric="accuracy",
     meter=Accuracy,
+    extra="demo",
     classes=10,
     # lr of SGD, then rho at that lr: the best of 0.02 .. 0.2 and of 0.01 .. 0.2 on validation, at width 64 over 5 seeds
     recipe=Recipe(lr={"sgd": 0.05, "adam": 1e-3, "adamw": 1e-3}, batch_size=32, epochs=100, rho=0.2),

@@ -100,6 +100,7 @@ TASK = Task(
     loss=nn.CrossEntropyLoss(),
     metric="accuracy",
     meter=Accuracy,
+    extra="data",
     classes=10,
     recipe=Recipe(
         lr={"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3},

@@ -141,6 +141,7 @@ class Task:
     width: int  # the default
     widths: tuple[int, ...]  # a sweep worth running
     meter: Callable[[], Meter] | None = None  # None: the metric is the loss
+    extra: str | None = None  # of the package, with what `load` needs
     source: str | None = None  # default of `load`; None: the task takes no source
     base: str = "sgd"  # the optimizer that SAM wraps and is compared with
     classes: int | None = None  # of a classification; `Splits.sizes["outputs"]` where that depends on the data

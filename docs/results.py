@@ -1,0 +1,243 @@
+"""Makes docs/results.md: every sweep that it names is run (or continued), reported and judged.
+
+    python docs/results.py DATA [NAME ...]
+
+DATA is a folder with mnist, cifar10, sst2, pos and molecules/tox21.csv.gz inside; NAMEs choose some of the sweeps, and
+the page is made of all those that are finished. Runs are kept in runs/results; delete a folder there to repeat a sweep.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samlite import figures
+from samlite.convergence import convergence
+from samlite.intervals import Interval
+from samlite.report import Report, summarize
+from samlite.solutions import solutions
+from samlite.sweep import read
+
+ROOT = Path(__file__).resolve().parent
+RUNS = ROOT.parent / "runs" / "results"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A sweep on the page."""
+
+    name: str
+    title: str
+    options: str  # of `samlite sweep`; DATA is the folder of data
+    says: str  # what the paper says of it
+    note: str = ""  # where this differs from the paper's setting
+
+
+EXPERIMENTS = (
+    Experiment(
+        "synthetic",
+        "Teacher and student",
+        "synthetic --widths 192,400,800,1920 --seeds 5 --epochs 50",
+        "SAM's test loss falls below that of SGD as the student grows",
+    ),
+    Experiment(
+        "digits",
+        "Digits, with the moments of the minima",
+        "digits --widths 16,64,256 --seeds 5 --measure eigenvalues,moments",
+        "SAM's benefit grows with width, and its minima are flatter and more uniform",
+    ),
+    Experiment(
+        "rhos",
+        "The best radius by width",
+        "digits --widths 16,64,256 --seeds 3 --rhos 0.02,0.05,0.1,0.2,0.4 --measure none",
+        "the best rho grows with width",
+    ),
+    Experiment(
+        "convergence",
+        "Linear convergence",
+        "synthetic --widths 192,800,1920 --seeds 3 --epochs 100 --lr 0.02 --momentum 0 --schedule constant --rho 0.05 "
+        "--batch-size 1000 --measure none",
+        "an overparameterised network converges linearly under SAM",
+        "full batch, constant learning rate, no momentum",
+    ),
+    Experiment(
+        "lazy",
+        "The linearised regime",
+        "digits --widths 16,64,256 --seeds 3 --linearize",
+        "SAM's benefit vanishes where training is lazy",
+    ),
+    Experiment(
+        "mnist-noise",
+        "MNIST with label noise",
+        "mnist --data DATA/mnist --widths 37,150,600 --seeds 3 --epochs 15 --label-noises 0,0.25,0.5",
+        "the benefit grows with width, and more so with label noise",
+        "7,200 of the 54,000 training images, 15 of 100 epochs",
+    ),
+    Experiment(
+        "mnist-sparse",
+        "MNIST, dense and sparse",
+        "mnist --data DATA/mnist --widths 37,150,600 --seeds 3 --epochs 15 --sparsities 0,0.9",
+        "at equal parameters SAM gains more on the sparse, wider network",
+        "as above; random masks",
+    ),
+)
+
+
+def main() -> None:
+    data, *names = sys.argv[1:]
+    chosen = [each for each in EXPERIMENTS if not names or each.name in names]
+    for experiment in chosen:
+        _run(experiment, Path(data).resolve())
+    finished = [each for each in EXPERIMENTS if (RUNS / each.name / "wall.json").exists()]
+    sections = [_section(experiment) for experiment in finished]
+    (ROOT / "results.md").write_text("\n\n".join([_head(finished), *sections]) + "\n", encoding="utf-8")
+
+
+def _run(experiment: Experiment, data: Path) -> None:
+    folder = RUNS / experiment.name
+    command = [sys.executable, "-m", "samlite.cli", "sweep", *experiment.options.replace("DATA", str(data)).split()]
+    began = time.monotonic()
+    subprocess.run([*command, "--out", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    wall = folder / "wall.json"
+    before = json.loads(wall.read_text())["seconds"] if wall.exists() else 0.0
+    wall.write_text(json.dumps({"seconds": before + time.monotonic() - began}))
+    print(f"{experiment.name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+
+
+def _head(finished: list[Experiment]) -> str:
+    total = sum(json.loads((RUNS / each.name / "wall.json").read_text())["seconds"] for each in finished)
+    return f"""# Results
+
+What `samlite sweep` finds of the claims of *Critical Influence of Overparameterization on Sharpness-aware Minimization*
+(arXiv 2311.17539), small enough for a laptop: short schedules, small subsets and few seeds, so a claim that does not
+show here is not refuted. `python docs/results.py DATA` makes this page, tables and sentences included; nothing in it is
+written by hand after a run. Every ± and every band is a 95 % Student-t interval over seeds, and each holds by itself.
+
+Made on {os.cpu_count()} cores of {_processor()}, torch {torch.__version__}, Python {platform.python_version()},
+in {total / 60:.0f} minutes. The longest run took {_longest(finished):.0f} s of training."""
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _longest(finished: list[Experiment]) -> float:
+    folders = [RUNS / each.name / cell.name for each in finished for cell in read(RUNS / each.name)]
+    return max(json.loads((folder / "result.json").read_text())["seconds"] for folder in folders)
+
+
+def _section(experiment: Experiment) -> str:
+    folder = RUNS / experiment.name
+    report = summarize(folder)
+    picture = ROOT / "results" / f"{experiment.name}.png"
+    picture.parent.mkdir(exist_ok=True)
+    if experiment.name == "convergence":
+        figures.convergence(convergence(folder), picture)
+    else:
+        figures.by_width(report, picture)
+    lines = [f"## {experiment.title}", f"```bash\nsamlite sweep {experiment.options}\n```", _table(report)]
+    if experiment.name == "convergence":
+        lines.append(_rates(folder))
+    if experiment.name == "digits":
+        lines += [_solutions(folder)]
+    lines += [f"![{experiment.title}](results/{experiment.name}.png)", _verdict(experiment, report)]
+    return "\n\n".join(lines)
+
+
+def _table(report: Report) -> str:
+    """The rows as Markdown."""
+    scale = 100 if report.metric in ("accuracy", "average_precision") else 1
+    names = [name.replace("_", " ") for name in report.rows[0].condition]
+    minima = sorted({name for row in report.rows for outcome in row.optimizers.values() for name in outcome.geometric})
+    metric = report.metric.replace("_", " ")
+    columns = [*names, "width", "parameters", "optimizer", "seeds", "interpolate", f"test {metric}{' %' * (scale > 1)}"]
+    columns += ["improvement by SAM", *(f"{name}, SAM over base" for name in minima)]
+    lines = [columns, ["---"] * len(columns)]
+    for row in report.rows:
+        for name, outcome in row.optimizers.items():
+            label = name if outcome.rho is None else f"{name} ρ={outcome.rho:g}"
+            place = [*(f"{value:g}" for value in row.condition.values()), str(row.width), f"{row.parameters:,}"]
+            ratios = [_ratio(outcome.comparisons.get(quantity)) for quantity in minima]
+            values = [_pm(outcome.metric, scale), _pm(outcome.improvement, scale, "+")]
+            lines.append([*place, label, str(outcome.metric.n), str(outcome.interpolating), *values, *ratios])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _pm(value: Interval | None, scale: float, sign: str = "") -> str:
+    if value is None:
+        return ""
+    half = "" if value.half_width is None else f" ± {scale * value.half_width:.2g}"
+    return f"{scale * value.mean:{sign}.4g}{half}"
+
+
+def _ratio(found: Any) -> str:
+    if found is None or found.ratio.low is None:
+        return ""
+    return f"{found.ratio.mean:.2g} ({found.ratio.low:.2g} to {found.ratio.high:.2g})"
+
+
+def _rates(folder: Path) -> str:
+    lines = ["| width | optimizer | rate, 1e-3 a step | R² |", "| --- | --- | --- | --- |"]
+    for each in convergence(folder):
+        group = each.group
+        lines.append(f"| {group.width} | {group.optimizer} | {_pm(each.rate, 1e3)} | {_pm(each.r2, 1)} |")
+    return "\n".join(lines)
+
+
+def _solutions(folder: Path) -> str:
+    lines = ["Of the runs that interpolate (`samlite report --solutions`):", ""]
+    lines += [
+        "| width | optimizer | runs | distance from first weights | from SAM's to SGD's solution |",
+        "| --- " * 5 + "|",
+    ]
+    for each in solutions(folder):
+        group = each.group
+        row = [str(group.width), group.optimizer, str(each.interpolating), _pm(each.travelled, 1), _pm(each.apart, 1)]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def _verdict(experiment: Experiment, report: Report) -> str:
+    """What the intervals say, and whether that is what the paper says."""
+    parts = [_of_condition(report, condition) for condition in _conditions(report)]
+    note = f" Setting: {experiment.note}." if experiment.note else ""
+    return f"The paper: {experiment.says}. Here: {' '.join(parts)}{note}"
+
+
+def _conditions(report: Report) -> list[dict[str, float]]:
+    return [dict(items) for items in dict.fromkeys(tuple(row.condition.items()) for row in report.rows)]
+
+
+def _of_condition(report: Report, condition: dict[str, float]) -> str:
+    rows = [row for row in report.rows if row.condition == condition]
+    gains = {row.width: row.optimizers["sam"].improvement for row in rows if "sam" in row.optimizers}
+    known = {width: gain for width, gain in gains.items() if gain is not None and gain.half_width is not None}
+    better = [str(width) for width, gain in known.items() if gain.mean > (gain.half_width or 0)]
+    worse = [str(width) for width, gain in known.items() if -gain.mean > (gain.half_width or 0)]
+    where = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in condition.items())
+    said = [f"better at width {' and '.join(better)}"] * bool(better) + [
+        f"worse at width {' and '.join(worse)}"
+    ] * bool(worse)
+    text = f"{where + ': ' if where else ''}SAM is {', '.join(said) or 'told apart from its baseline at no width'}"
+    first, last = gains[min(gains)], gains[max(gains)]
+    if first and last:
+        change = "larger" if last.mean > first.mean else "not larger"
+        sure = abs(last.mean - first.mean) > ((last.half_width or 0) ** 2 + (first.half_width or 0) ** 2) ** 0.5
+        text += f"; its mean gain is {change} at the largest width than at the smallest"
+        text += " (beyond the combined intervals)." if sure else " (within the intervals)."
+    return text
+
+
+if __name__ == "__main__":
+    main()

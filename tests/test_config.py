@@ -1,0 +1,81 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from samlite import tasks
+from samlite.cli.options import read_recipe
+from samlite.config import Config
+from samlite.tasks import Task
+
+
+@pytest.fixture
+def task(monkeypatch: pytest.MonkeyPatch) -> Task:
+    """A task with everything that a task may have."""
+    digits = tasks.get("digits")
+    recipe = replace(digits.recipe, settings={"clip": 0.2, "steps": 8}, dropout=0.1, weight_decay=0.01)
+    everything = replace(digits, name="everything", recipe=recipe, augment=lambda inputs, draw: inputs)
+    monkeypatch.setitem(tasks.TASKS, "everything", everything)
+    return everything
+
+
+def test_a_file_overrides_the_recipe_and_a_choice_the_file(task: Task, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("lr = 0.3\nepochs = 7\ndropout = 0.2\nlabel_noise = 0.1\n[settings]\nclip = 0.5\n")
+    config = Config.of("everything", read_recipe(path), epochs=3, settings={"steps": 4})
+    assert (config.lr, config.epochs, config.dropout, config.label_noise) == (0.3, 3, 0.2, 0.1)
+    assert dict(config.settings) == {"clip": 0.5, "steps": 4} and config.augment
+    assert config.batch_size == task.recipe.batch_size
+
+
+def test_a_config_survives_json(task: Task) -> None:
+    config = Config.of("everything", settings={"clip": 0.1}, sparsity=0.5, patience=3, linearize=True, augment=False)
+    assert config.pruner == "random"
+    assert Config.from_json(config.to_json(), "here") == config
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "message"),
+    [
+        (
+            "everything",
+            {"settings": {"clop": 1}},
+            "settings must be of task everything, which has no 'clop', only clip, st",
+        ),
+        ("everything", {"settings": {"clip": "x"}}, "settings must be numbers, got clip = 'x'"),
+        ("digits", {"settings": {"clip": 1}}, "settings must be of task digits, which has no 'clip'"),
+        ("digits", {"dropout": 0.1}, "dropout must not be given: the network of task digits has none"),
+        ("everything", {"dropout": 1.0}, "dropout must be >= 0 and < 1, got 1.0"),
+        ("digits", {"augment": True}, "augment must not be given: task digits has no augmentation"),
+        ("synthetic", {"label_noise": 0.1}, "label_noise must be 0 for task synthetic, which has no classes, got 0.1"),
+        ("digits", {"label_noise": 1.0}, "label_noise must be >= 0 and < 1, got 1.0"),
+        ("digits", {"pruner": "snip"}, "pruner must go with a sparsity above 0, got snip"),
+        ("digits", {"sparsity": 0.5, "pruner": "best"}, "pruner must be one of random, snip, magnitude, got 'best'"),
+        ("digits", {"patience": -1}, "patience must be >= 0, got -1"),
+        ("digits", {"linearize": 1}, "linearize must be true or false, got 1"),
+    ],
+)
+def test_what_does_not_apply_is_refused_with_a_reason(
+    task: Task, name: str, choices: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config.of(name, **choices)
+
+
+def test_a_run_is_named_by_what_sets_it_apart(task: Task) -> None:
+    def name(task: str = "everything", **choices: Any) -> str:
+        return Config.of(task, width=8, device="cpu", **choices).name
+
+    assert name() == "sgd-w8-s0"
+    assert name(optimizer="sam", rho=0.1, label_noise=0.25, seed=2) == "sam-rho0.1-w8-noise0.25-s2"
+    assert name(sparsity=0.9, weight_decay=0.0) == "sgd-w8-sparse0.9-decay0.0-s0"
+    assert name(weight_decay=0.01) == "sgd-w8-s0"  # the recipe's
+
+
+def test_sam_wraps_the_baseline_of_the_task(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tasks.TASKS, "everything", replace(task, base="adamw"))
+    config = Config.of("everything", optimizer="sam", width=8)
+    assert (config.base, config.lr, config.momentum) == ("adamw", 1e-3, 0.0)
+    assert config.name == "sam-rho0.2-w8-s0" and Config.of("everything").optimizer == "adamw"
+    assert Config.of("everything", optimizer="sam", base="sgd", width=8).name == "sam-sgd-rho0.2-w8-s0"
