@@ -1,6 +1,6 @@
 """Sharpness-aware minimization, and certified Hessian eigenvalues and moments of the minima it finds.
 
-`samlite.SAM` is plain Python; `samlite.Hessian` loads the compiled module `samlite._C` on first use.
+`samlite.SAM` and its variants are plain Python; `samlite.Hessian` loads the compiled module `samlite._C` on first use.
 """
 
 from importlib import import_module
@@ -13,16 +13,20 @@ if TYPE_CHECKING:
     from samlite.sam import SAM
     from samlite.sharpness import Block, Sharpness
     from samlite.stability import Stability
+    from samlite.variants import AgnosticSAM, FriendlySAM, SAMPa
 
 __version__ = "0.1.0"
 __all__ = [
     "SAM",
+    "AgnosticSAM",
     "Block",
     "Density",
     "Eigenvalues",
     "Estimate",
+    "FriendlySAM",
     "Hessian",
     "Moments",
+    "SAMPa",
     "Sharpness",
     "Stability",
     "__version__",
@@ -30,6 +34,9 @@ __all__ = [
 
 _HOME = {
     "SAM": "samlite.sam",
+    "AgnosticSAM": "samlite.variants",
+    "FriendlySAM": "samlite.variants",
+    "SAMPa": "samlite.variants",
     "Hessian": "samlite.hessian",
     "Moments": "samlite.moments",
     "Density": "samlite.operator",

@@ -48,10 +48,12 @@ class SAM(Optimizer):
     optimizer. A group may set its own `rho`, `adaptive` and `normalize`. Only the first pass may change the
     buffers of `model`, such as batch-norm statistics; without `model` both passes change them. A step whose
     first or second gradient is not finite leaves weights and state as they were, and adds one to `skipped`.
-    With `rho=0` in every group this is the base optimizer, bit for bit and in one pass.
+    With `rho=0` in every group this is the base optimizer, bit for bit and in one pass. With `m` each m closures of a
+    list have a perturbation of their own (m-SAM, as Foret et al. train on several accelerators); else all share one.
     """
 
     skipped = 0
+    _kept: tuple[str, ...] = ("base_optimizer", "model", "m", "skipped")  # in a pickle, beside the optimizer's own
     _perturbed: list[list[Tensor]] | None = None  # weights between first_step and second_step, by bucket
     _copies: Sequence[list[Tensor]] = ()  # what they were; the memory is kept from step to step
     _first_norm: Tensor
@@ -65,8 +67,11 @@ class SAM(Optimizer):
         adaptive: bool = False,
         normalize: bool = True,
         model: nn.Module | None = None,
+        m: int | None = None,
         **base_kwargs: Any,
     ) -> None:
+        if not (m is None or (isinstance(m, int) and m >= 1)):
+            raise ValueError(f"m must be the number of closures that share a perturbation, >= 1, got {m!r}")
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
             kind = type(base_optimizer).__name__
             raise ValueError(f"base_optimizer must be an optimizer class, got a {kind}; pass torch.optim.SGD")
@@ -82,7 +87,7 @@ class SAM(Optimizer):
             raise ValueError(f"base_optimizer must not have a {clash[0]}, got {name}; use SGD or Adam")
         super().__init__(base.param_groups, {**base.defaults, **own})
         self.base_optimizer = base
-        self.model = model
+        self.model, self.m = model, m
         self.param_groups, self.state = base.param_groups, base.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -101,28 +106,12 @@ class SAM(Optimizer):
         weight: losses and gradients are averaged over it. The second pass replays the state of torch's
         default random generators; an exception in it restores the weights.
         """
-        closures: Sequence[Any] = closure if isinstance(closure, (list, tuple)) else [closure]
-        if not (closures and all(callable(c) for c in closures)):
-            raise ValueError(
-                "closure must be a function that runs backward and returns the loss, or a list of them, "
-                f"got {type(closure).__name__}; to run the passes yourself use first_step and second_step"
-            )
-        random_state = self._random_state()
-        loss = self._run(closures)
-        if not any(group["rho"] for group in self.param_groups):
+        closures = self._checked(closure)
+        if self._plain():
+            loss = self._run(closures)
             self.base_optimizer.step()
             return loss
-        buffers = self._buffers()
-        try:
-            self._perturb(self._gradients())
-            for generator, where, state in random_state:
-                generator.set_rng_state(state, *where)
-            self._run(closures)
-        finally:
-            self._restore()
-            for module, name, buffer, value in buffers:
-                setattr(module, name, buffer)  # a module may have put another tensor there
-                buffer.copy_(value)
+        loss = self._both_passes(closures)
         self._descend(self._gradients())
         return loss
 
@@ -134,7 +123,7 @@ class SAM(Optimizer):
         """
         if self._perturbed is not None:
             raise RuntimeError("first_step was called twice; call second_step, or zero_grad and second_step")
-        self._perturb(self._gradients())
+        self._ascend()
         if zero_grad:
             self.zero_grad()
 
@@ -147,6 +136,64 @@ class SAM(Optimizer):
         self._descend(self._gradients())
         if zero_grad:
             self.zero_grad()
+
+    def _plain(self) -> bool:
+        """Whether this is the base optimizer."""
+        return not any(group["rho"] for group in self.param_groups)
+
+    def _checked(self, closure: Any) -> Sequence[Closure]:
+        closures: Sequence[Any] = closure if isinstance(closure, (list, tuple)) else [closure]
+        if not (closures and all(callable(c) for c in closures)):
+            raise ValueError(
+                "closure must be a function that runs backward and returns the loss, or a list of them, "
+                f"got {type(closure).__name__}; to run the passes yourself use first_step and second_step"
+            )
+        return closures
+
+    def _both_passes(self, closures: Sequence[Closure]) -> Tensor:
+        """Leave the gradient to descend by in `.grad`, and return the loss of the first pass.
+
+        With m, each m closures have a perturbation of their own, and their gradients are averaged.
+        """
+        m = self.m or len(closures)
+        if m >= len(closures):
+            return self._perturbed_gradient(closures)
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        total: list[Tensor | None] = [None] * len(weights)
+        losses, norms = [], []
+        for start in range(0, len(closures), m):
+            part = closures[start : start + m]
+            losses.append(self._perturbed_gradient(part) * (len(part) / len(closures)))
+            norms.append(self._first_norm)
+            for i, weight in enumerate(weights):
+                if weight.grad is not None:
+                    share = weight.grad * (len(part) / len(closures))
+                    total[i] = share if total[i] is None else total[i] + share
+        for weight, grad in zip(weights, total, strict=True):
+            weight.grad = grad
+        self._first_norm = torch.stack([norm.to(norms[0].device) for norm in norms]).sum()
+        return torch.stack(losses).sum()
+
+    def _perturbed_gradient(self, closures: Sequence[Closure]) -> Tensor:
+        """Both passes over one batch: leave the gradient at w + epsilon in `.grad`, and return the loss at w."""
+        random_state = self._random_state()
+        loss = self._run(closures)
+        buffers = self._buffers()
+        try:
+            self._ascend()
+            for generator, where, state in random_state:
+                generator.set_rng_state(state, *where)
+            self._run(closures)
+        finally:
+            self._restore()
+            for module, name, buffer, value in buffers:
+                setattr(module, name, buffer)  # a module may have put another tensor there
+                buffer.copy_(value)
+        return loss
+
+    def _ascend(self) -> None:
+        """Add epsilon to the weights, with the gradients of the first pass at hand. Variants differ here."""
+        self._perturb(self._gradients())
 
     def _run(self, closures: Sequence[Closure]) -> Tensor:
         """One pass: leave the mean gradient in `.grad`, return the mean loss."""
@@ -184,26 +231,36 @@ class SAM(Optimizer):
 
     def _perturb(self, buckets: list[Bucket]) -> None:
         """Save the weights and add epsilon to them."""
+        self._save([weights for _, weights, _ in buckets])
+        self._first_norm = self._add(buckets)
+
+    def _save(self, weights: list[list[Tensor]]) -> None:
+        """Keep copies of the weights, for `_restore`."""
+        old: list[list[Tensor]] = [*self._copies, *([] for _ in weights)]
+        self._copies = [_copied(bucket, copies) for bucket, copies in zip(weights, old, strict=False)]
+        self._perturbed = weights
+
+    def _add(self, buckets: list[Bucket], rho: float | None = None) -> Tensor:
+        """Add epsilon to the weights, with the radius of their group if none is given; return the norm divided by."""
         directions = [
             torch._foreach_mul(grads, torch._foreach_abs(weights)) if group["adaptive"] else grads
             for group, weights, grads in buckets
         ]
-        norm = self._first_norm = _norm(directions)
+        norm = _norm(directions)
         # A norm so small that its squares underflow is not to be trusted; a zero gradient stays zero.
         numbers = torch.finfo(norm.dtype)
         divisor = norm.clamp_min(math.sqrt(numbers.tiny / numbers.eps))
-        old: list[list[Tensor]] = [*self._copies, *([] for _ in buckets)]
-        self._copies = [_copied(weights, copies) for (_, weights, _), copies in zip(buckets, old, strict=False)]
-        self._perturbed = [weights for _, weights, _ in buckets]
         for (group, weights, _), direction in zip(buckets, directions, strict=True):
             if group["adaptive"]:
                 direction = torch._foreach_mul(direction, torch._foreach_abs(weights))
-            rho = -group["rho"] if group.get("maximize") else group["rho"]
+            radius = group["rho"] if rho is None else rho
+            radius = -radius if group.get("maximize") else radius
             if group["normalize"]:
                 divisors = [divisor.to(weights[0].device)] * len(weights)
-                torch._foreach_addcdiv_(weights, direction, divisors, value=rho)
+                torch._foreach_addcdiv_(weights, direction, divisors, value=radius)
             else:
-                torch._foreach_add_(weights, direction, alpha=rho)
+                torch._foreach_add_(weights, direction, alpha=radius)
+        return norm
 
     def _restore(self) -> None:
         """Copy the saved weights back, in place: subtracting epsilon would round."""
@@ -218,9 +275,13 @@ class SAM(Optimizer):
         # base optimizer keeps part of its state on the host.
         if math.isfinite(norm + self._first_norm.to(norm.device)):
             self.base_optimizer.step()
+            self._stepped()
         else:
             self.skipped += 1
         self._opt_called = True  # a scheduler warns if no step came before its own
+
+    def _stepped(self) -> None:
+        """The base optimizer has stepped. Variants keep what they need for the next step."""
 
     def _random_state(self) -> list[RandomState]:
         """The state of torch's default generators, on the CPU and on the devices of the weights."""
@@ -241,8 +302,7 @@ class SAM(Optimizer):
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"base_optimizer": self.base_optimizer, "model": self.model, "skipped": self.skipped}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a loaded or unpickled state, and share it with the base optimizer again."""

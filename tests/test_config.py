@@ -41,7 +41,7 @@ def test_a_config_survives_json(task: Task) -> None:
         (
             "everything",
             {"settings": {"clop": 1}},
-            "settings must be of task everything, which has no 'clop', only clip, st",
+            "which has no 'clop', only clip, steps",
         ),
         ("everything", {"settings": {"clip": "x"}}, "settings must be numbers, got clip = 'x'"),
         ("digits", {"settings": {"clip": 1}}, "settings must be of task digits, which has no 'clip'"),

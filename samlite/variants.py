@@ -1,0 +1,253 @@
+"""Variants of SAM. Each changes where the gradient is taken, and shares the rest with `SAM`.
+
+FriendlySAM   ascends by the part of the gradient that its running mean does not explain
+              Li, Zhou, He, Yan, Chen, "Friendly sharpness-aware minimization", CVPR 2024
+AgnosticSAM   ascends on training data while descending on held-out data
+              Nguyen, Tran, Le, "Agnostic sharpness-aware minimization", 2024
+SAMPa         takes its two gradients at points that do not depend on each other
+              Xie, Pethick, Cevher, "SAMPa: Sharpness-aware minimization parallelized", NeurIPS 2024
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from samlite.sam import SAM, Bucket, Closure
+
+
+class FriendlySAM(SAM):
+    """SAM along d = g - sigma m, where m is the running mean of the gradients: m <- lmbda m + (1 - lmbda) g.
+
+    The first gradient starts m, and is itself used as it is. With sigma=0 this is SAM. Takes what `SAM` takes but m.
+    """
+
+    _kept = (*SAM._kept, "sigma", "lmbda")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float = 0.05,
+        *,
+        sigma: float = 1.0,
+        lmbda: float = 0.9,
+        **kwargs: Any,
+    ) -> None:
+        _check("sigma", sigma, 0 <= sigma < math.inf, ">= 0 and finite")
+        _check("lmbda", lmbda, 0 <= lmbda < 1, ">= 0 and < 1")
+        _refuse(self, kwargs, "m")
+        super().__init__(params, base_optimizer, rho, **kwargs)
+        self.sigma, self.lmbda = sigma, lmbda
+
+    def _ascend(self) -> None:
+        shifted: list[Bucket] = []
+        self._means: list[tuple[Tensor, Tensor]] = []
+        for group, weights, grads in self._gradients():
+            directions = []
+            for weight, grad in zip(weights, grads, strict=True):
+                mean = self.state[weight].get("mean_gradient", None) if weight in self.state else None
+                directions.append(grad if mean is None else grad - self.sigma * mean)
+                self._means.append((weight, grad.clone() if mean is None else mean.lerp(grad, 1 - self.lmbda)))
+            shifted.append((group, weights, directions))
+        self._perturb(shifted)
+
+    def _stepped(self) -> None:
+        _remember(self, "mean_gradient", self._means)
+
+
+class AgnosticSAM(SAM):
+    """SAM that also descends on held-out data: epsilon = rho g / ‖g‖ - rho_val u / ‖u‖.
+
+    g is the training gradient at w, and u the held-out gradient at w + rho_val v / ‖v‖, v being that at w. Four passes
+    a step; with rho_val=0 this is SAM, in two. Draw the held-out batches from the training data, never from those that
+    models are selected on. Takes what `SAM` takes but adaptive and m.
+    """
+
+    _kept = (*SAM._kept, "rho_val")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float = 0.05,
+        *,
+        rho_val: float = 0.05,
+        **kwargs: Any,
+    ) -> None:
+        _check("rho_val", rho_val, 0 <= rho_val < math.inf, ">= 0 and finite")
+        _refuse(self, kwargs, "adaptive", "m")
+        super().__init__(params, base_optimizer, rho, **kwargs)
+        self.rho_val = rho_val
+        self._held_out: Sequence[Closure] = ()
+
+    def step(  # type: ignore[override]
+        self, closure: Closure | Sequence[Closure] | None = None, val_closure: Closure | Sequence[Closure] | None = None
+    ) -> Tensor:
+        """As `SAM.step`, with a closure on a held-out batch beside the one on the training batch."""
+        if self.rho_val:
+            self._held_out = self._checked(val_closure)
+        return super().step(closure)
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Not to be had: four passes do not fit around two calls."""
+        raise RuntimeError("AgnosticSAM has no first_step; call step(closure, val_closure)")
+
+    def _plain(self) -> bool:
+        return super()._plain() and not self.rho_val
+
+    def _ascend(self) -> None:
+        towards = [(group, weights, [grad.clone() for grad in grads]) for group, weights, grads in self._gradients()]
+        if not self.rho_val:
+            return self._perturb(towards)
+        self._run(self._held_out)
+        buckets = self._gradients()
+        self._save([weights for _, weights, _ in buckets])
+        norms = [self._add(buckets, self.rho_val)]
+        self._run(self._held_out)
+        self._restore()
+        away = self._gradients()
+        self._save([group["params"] for group in self.param_groups])  # a weight may have only one of the gradients
+        norms += [self._add(towards), self._add(away, -self.rho_val)]
+        self._first_norm = torch.stack([norm.to(norms[0].device) for norm in norms]).sum()
+        return None
+
+
+class SAMPa(SAM):
+    """SAM whose two gradients can be taken side by side: at x + rho g / ‖g‖ and at y, one step of g ahead of x.
+
+    g is the gradient at the last y. The weights x descend by (1 - lmbda) of the first gradient, on this batch, and
+    lmbda of the second, on the next one; y is where the base optimizer would go from x by g alone. Two gradients a
+    step, three in the first one and in one after a step that had no next batch. Takes what `SAM` takes but m.
+    """
+
+    _kept = (*SAM._kept, "lmbda")
+
+    def __init__(
+        self, params: ParamsT, base_optimizer: type[Optimizer], rho: float = 0.05, *, lmbda: float = 0.2, **kwargs: Any
+    ) -> None:
+        _check("lmbda", lmbda, 0 <= lmbda <= 1, "between 0 and 1")
+        _refuse(self, kwargs, "m")
+        super().__init__(params, base_optimizer, rho, **kwargs)
+        self.lmbda = lmbda
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Closure | Sequence[Closure] | None = None,
+        next_closure: Closure | Sequence[Closure] | None = None,
+    ) -> Tensor:
+        """Step, and return the loss of this batch at the perturbed weights.
+
+        Args:
+            closure: on this batch, which was the last step's next one.
+            next_closure: on the next batch; None where there is none, and then the first gradient counts in full.
+        """
+        closures = self._checked(closure)
+        following = self._checked(next_closure) if next_closure is not None else ()
+        if not self._recall():
+            with _kept_buffers(self):
+                self._run(closures)
+        ahead = self._grads()
+        loss = self._at_perturbed(closures)
+        here = self._grads()
+        self._next: list[tuple[Tensor, Tensor]] = []
+        if following:
+            self._put(ahead)
+            self._gradient_ahead(following)
+            self._next = [(weight, grad) for weight, grad in self._grads().items()]
+            self._put(_mixed(here, dict(self._next), self.lmbda))
+        self._descend(self._gradients())
+        return loss
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Not to be had: the gradients are taken elsewhere."""
+        raise RuntimeError("SAMPa has no first_step; call step(closure, next_closure)")
+
+    def _at_perturbed(self, closures: Sequence[Closure]) -> Tensor:
+        try:
+            self._perturb(self._gradients())
+            return self._run(closures)
+        finally:
+            self._restore()
+
+    def _gradient_ahead(self, closures: Sequence[Closure]) -> None:
+        """Leave the gradient at y in `.grad`; weights, buffers and the base optimizer's state stay as they were."""
+        state = {weight: dict(values) for weight, values in self.state.items()}
+        copies = {weight: {name: _clone(value) for name, value in values.items()} for weight, values in state.items()}
+        self._save([group["params"] for group in self.param_groups])
+        try:
+            self.base_optimizer.step()
+            with _kept_buffers(self):
+                self._run(closures)
+        finally:
+            self._restore()
+            self.state.clear()
+            self.state.update(copies)
+
+    def _grads(self) -> dict[Tensor, Tensor]:
+        weights = (weight for group in self.param_groups for weight in group["params"])
+        return {weight: weight.grad.clone() for weight in weights if weight.grad is not None}
+
+    def _put(self, grads: dict[Tensor, Tensor]) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.grad = grads.get(weight)
+
+    def _recall(self) -> bool:
+        """Put the gradient at y into `.grad`, if the last step left one."""
+        grads = {weight: values.pop("ahead") for weight, values in self.state.items() if "ahead" in values}
+        if grads:
+            self._put(grads)
+        return bool(grads)
+
+    def _stepped(self) -> None:
+        _remember(self, "ahead", self._next)
+
+
+def _mixed(first: dict[Tensor, Tensor], second: dict[Tensor, Tensor], share: float) -> dict[Tensor, Tensor]:
+    """(1 - share) of the first gradients and share of the second; one that is missing counts as zero."""
+    mixed = {weight: grad * (1 - share) for weight, grad in first.items()}
+    for weight, grad in second.items():
+        mixed[weight] = mixed[weight] + share * grad if weight in mixed else share * grad
+    return mixed
+
+
+def _remember(optimizer: SAM, name: str, values: list[tuple[Tensor, Tensor]]) -> None:
+    """Keep a tensor of each weight in the state, where checkpoints find it.
+
+    Only behind a step: Adam and others take a state that is not empty for their own.
+    """
+    for weight, value in values:
+        optimizer.state[weight][name] = value
+
+
+@contextmanager
+def _kept_buffers(optimizer: SAM) -> Iterator[None]:
+    """Buffers such as batch-norm statistics are put back behind the pass inside."""
+    buffers = optimizer._buffers()
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in buffers:
+            setattr(module, name, buffer)
+            buffer.copy_(value)
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _check(name: str, value: float, valid: bool, rule: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+def _refuse(optimizer: SAM, kwargs: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if kwargs.get(name):
+            raise ValueError(f"{name} must not be given to {type(optimizer).__name__}, got {kwargs[name]!r}; use SAM")
