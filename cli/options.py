@@ -13,8 +13,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
+PRECISIONS = ("float32", "bfloat16", "float16")  # likewise
 PRUNERS = ("random", "snip", "magnitude")  # likewise
-OPTIMIZERS = ("sgd", "adam", "adamw", "sam")  # as in samlite.config, which needs torch
+BASES = ("sgd", "adam", "adamw")
+OPTIMIZERS = (*BASES, "sam", "friendly", "agnostic", "sampa")  # as in samlite.config, which needs torch
 MEASURES = ("eigenvalues", "moments")  # as in samlite.sweep, likewise
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -131,7 +133,7 @@ def json_option(command: Command) -> Command:
 def recipe_options(command: Command) -> Command:
     """How to train: each option overrides a field of the task's recipe."""
     options = (
-        click.option("--base", type=click.Choice(OPTIMIZERS[:-1]), help="The optimizer that SAM wraps."),
+        click.option("--base", type=click.Choice(BASES), help="The optimizer that SAM wraps."),
         click.option("--lr", type=float, help="Learning rate."),
         click.option("--momentum", type=float, help="Momentum of SGD."),
         click.option("--weight-decay", type=float, help="Weight decay."),
@@ -165,6 +167,13 @@ def recipe_options(command: Command) -> Command:
             type=int,
             metavar="N",
             help="Stop N epochs after the best validation.",
+        ),
+        click.option("--every", type=int, metavar="K", help="Perturb every K steps; the base optimizer steps between."),
+        click.option("--m", type=int, help="Samples that share SAM's perturbation (m-SAM); default the batch."),
+        click.option("--accumulate", type=int, metavar="N", help="Compute every batch in N micro-batches."),
+        click.option("--clip", type=float, help="Largest norm of the gradient that is stepped with."),
+        click.option(
+            "--precision", type=click.Choice(PRECISIONS), help="Of the forward pass in training; default float32."
         ),
         click.option("--linearize", is_flag=True, default=None, help="Train the first-order expansion of the network."),
         click.option("--threads", type=int, help="Threads of the CPU for a run."),

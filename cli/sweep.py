@@ -61,10 +61,6 @@ def sweep(
     base: str | None,
     data: str | None,
     device: str | None,
-    pruner: str | None,
-    augment: bool | None,
-    patience: int | None,
-    linearize: bool | None,
     **recipe: Any,
 ) -> None:
     """Train TASK (default: digits) at every width, with every optimizer and seed, measure the sharpness
@@ -86,8 +82,7 @@ def sweep(
     from samlite import sweep as sweeps
 
     overrides = read_recipe(config) | {name: value for name, value in recipe.items() if value is not None}
-    settings = {"base": base, "data": data, "device": device, "pruner": pruner}
-    settings |= {"augment": augment, "patience": patience, "linearize": linearize}
+    settings = {"base": base, "data": data, "device": device}
     conditions = {"label_noises": label_noises, "sparsities": sparsities, "weight_decays": weight_decays}
     swept: dict[str, Any] = {name: values or () for name, values in conditions.items()}
     cells = sweeps.grid(task, widths, optimizers or (), seeds, rhos or (), **swept, recipe=overrides, **settings)

@@ -12,9 +12,14 @@ import torch
 from samlite import tasks
 
 BASES = ("sgd", "adam", "adamw")
-OPTIMIZERS = (*BASES, "sam")
+FAMILY = ("sam", "friendly", "agnostic", "sampa")
+OPTIMIZERS = (*BASES, *FAMILY)
+PRECISIONS = ("float32", "bfloat16", "float16")
 SCHEDULES = ("step", "cosine", "constant")
-CONDITIONS = ("augment", "label_noise", "sparsity", "pruner", "patience", "linearize")  # a recipe file may set them too
+CONDITIONS = (  # of training, which a recipe file may set too
+    *("augment", "label_noise", "sparsity", "pruner", "patience", "linearize"),
+    *("every", "m", "accumulate", "clip", "precision"),
+)
 PRUNERS = ("random", "snip", "magnitude")
 
 
@@ -45,6 +50,11 @@ class Config:
     sparsity: float = 0.0  # fraction of the weights that are masked from the start
     pruner: str | None = None  # that chooses them
     patience: int = 0  # epochs without a better validation result after which training stops; 0: never
+    every: int = 1  # the perturbation is taken every so many steps, and the base optimizer's own step between
+    m: int = 0  # samples that share a perturbation (m-SAM); 0: all of a batch
+    accumulate: int = 1  # micro-batches that a batch is computed in
+    clip: float = 0.0  # largest norm of the gradient that is stepped with; 0: any
+    precision: str = "float32"  # of the forward pass in training
     linearize: bool = False  # train the network's first-order expansion about its first weights
     track: int = 0  # largest Hessian eigenvalues recorded after every epoch
 
@@ -71,6 +81,11 @@ class Config:
         _check_number("sparsity", self.sparsity, below=1)
         _check_integer("patience", self.patience, 0)
         _check_integer("track", self.track, 0)
+        _check_integer("every", self.every, 1)
+        _check_integer("m", self.m, 0)
+        _check_integer("accumulate", self.accumulate, 1)
+        _check_number("clip", self.clip)
+        _check_choice("precision", self.precision, PRECISIONS)
         for name in ("augment", "linearize"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -78,10 +93,19 @@ class Config:
         self._check_applies(task)
 
     def _check_optimizer(self) -> None:
-        if self.optimizer != "sam" and self.rho:
-            raise ValueError(f"rho must be 0 without SAM, got {self.rho}; use optimizer sam")
-        if self.optimizer != "sam" and self.base != self.optimizer:
-            raise ValueError(f"base must go with optimizer sam, got {self.base} with {self.optimizer}")
+        if self.optimizer not in FAMILY:
+            if self.rho:
+                raise ValueError(f"rho must be 0 without SAM, got {self.rho}; use optimizer sam")
+            if self.base != self.optimizer:
+                raise ValueError(f"base must go with SAM, got {self.base} with {self.optimizer}; use optimizer sam")
+        if self.every > 1 and self.optimizer not in ("sam", "friendly"):
+            raise ValueError(f"every must be 1 for {self.optimizer}, got {self.every}; use optimizer sam or friendly")
+        if self.m and self.optimizer != "sam":
+            raise ValueError(f"m must be 0 for {self.optimizer}, got {self.m}; use optimizer sam")
+        if self.m and self.accumulate > 1:
+            raise ValueError(f"m must be 0 with accumulate {self.accumulate}, got {self.m}; choose one of them")
+        if self.precision == "float16" and not self.device.startswith("cuda"):
+            raise ValueError(f"precision float16 must go with a CUDA device, got {self.device}; use bfloat16")
         if self.base != "sgd" and self.momentum:
             raise ValueError(f"momentum must be 0 for {self.base}, got {self.momentum}; it belongs to sgd")
         if self.schedule != "step" and self.milestones:
@@ -123,7 +147,7 @@ class Config:
         check_recipe(recipe)
         chosen = {name: value for name, value in choices.items() if value is not None}
         optimizer = chosen.setdefault("optimizer", known.base)
-        base = chosen.setdefault("base", known.base if optimizer == "sam" else optimizer)
+        base = chosen.setdefault("base", known.base if optimizer in FAMILY else optimizer)
         _check_choice("optimizer", optimizer, OPTIMIZERS)
         _check_choice("base", base, BASES)
         values = {
@@ -136,8 +160,12 @@ class Config:
             "lr": known.recipe.lr.get(base),
             **recipe,
         }
-        if optimizer != "sam":
+        if optimizer not in FAMILY:
             values["rho"] = 0.0
+        if optimizer not in ("sam", "friendly"):
+            values["every"] = 1
+        if optimizer != "sam":
+            values["m"] = 0
         if base != "sgd":
             values["momentum"] = 0.0
         if {**values, **chosen}["schedule"] != "step":
@@ -176,12 +204,20 @@ class Config:
     @property
     def name(self) -> str:
         """A folder name that tells apart the cells of a sweep: optimizer, rho, width, its conditions, seed."""
-        optimizer = self.optimizer
-        if optimizer == "sam":
-            base = "" if self.base == tasks.get(self.task).base else f"-{self.base}"
-            optimizer = f"sam{base}-rho{self.rho}"
+        optimizer = self.label
+        if self.optimizer in FAMILY:
+            optimizer += f"-rho{self.rho}"
         conditions = [f"{short}{value}" for short, value in self.conditions().items()]
         return "-".join([optimizer, f"w{self.width}", *conditions, f"s{self.seed}"])
+
+    @property
+    def label(self) -> str:
+        """The optimizer, with what it wraps where that is not the task's baseline, and how it is varied: sam-every2."""
+        base = "" if self.optimizer not in FAMILY or self.base == tasks.get(self.task).base else f"-{self.base}"
+        varied = [
+            f"{name}{value}" for name, value, usual in (("every", self.every, 1), ("m", self.m, 0)) if value != usual
+        ]
+        return "-".join([self.optimizer + base, *varied])
 
     def conditions(self) -> dict[str, Any]:
         """What a sweep may vary beside width, optimizer, rho and seed, where it differs from the task's recipe."""

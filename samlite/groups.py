@@ -4,8 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from samlite import tasks
-from samlite.config import Config
+from samlite.config import FAMILY, Config
 from samlite.sweep import finished, read
 
 CONDITIONS = ("label_noise", "sparsity", "weight_decay")  # what a sweep may vary beside width, optimizer, rho and seed
@@ -36,8 +35,8 @@ def groups(folder: Path) -> dict[Group, list[Config]]:
     varied = varying(cells)
     found: dict[Group, list[Config]] = {}
     for cell in done:
-        rho = cell.rho if cell.optimizer == "sam" else None
-        found.setdefault(Group(condition_of(cell, varied), cell.width, label_of(cell), rho), []).append(cell)
+        rho = cell.rho if cell.optimizer in FAMILY else None
+        found.setdefault(Group(condition_of(cell, varied), cell.width, cell.label, rho), []).append(cell)
     return {group: found[group] for group in sorted(found, key=lambda group: (group.condition, group.width))}
 
 
@@ -55,9 +54,3 @@ def condition_of(cell: Config, names: Iterable[str]) -> tuple[tuple[str, float],
 def described(condition: Iterable[tuple[str, float]]) -> str:
     """A condition as people read it: label noise 0.25, sparsity 0.9."""
     return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in condition)
-
-
-def label_of(cell: Config) -> str:
-    """The optimizer of a cell; with the one that SAM wraps where that is not the task's baseline."""
-    usual = tasks.get(cell.task).base
-    return f"sam-{cell.base}" if cell.optimizer == "sam" and cell.base != usual else cell.optimizer

@@ -21,8 +21,8 @@ from typing import Any
 
 from samlite import tasks
 from samlite.checkpoints import read_json
-from samlite.config import Config
-from samlite.groups import condition_of, label_of, varying
+from samlite.config import FAMILY, Config
+from samlite.groups import condition_of, varying
 from samlite.intervals import Comparison, Geometric, Interval
 from samlite.sweep import finished, nonuniformity, read, sharpness
 
@@ -121,7 +121,7 @@ def _row(
 ) -> Row:
     by_rho: dict[str, dict[float, list[Config]]] = defaultdict(lambda: defaultdict(list))
     for cell in results:
-        by_rho[label_of(cell)][cell.rho].append(cell)
+        by_rho[cell.label][cell.rho].append(cell)
     chosen = {name: _best_on_validation(list(of.values()), results, task) for name, of in by_rho.items()}
     optimizers = {
         name: _outcome(cells, by_rho[name], chosen.get(cells[0].base, []), results, minima, task)
@@ -143,7 +143,7 @@ def _outcome(
     metric = Interval.of(final[cell] for cell in cells)
     best = Interval.of(results[cell]["best"]["test_metric"] for cell in cells)
     assert metric and best  # a group of runs is never empty
-    sam = cells[0].optimizer == "sam"
+    sam = cells[0].optimizer in FAMILY
     of_seed = {cell.seed: cell for cell in base}
     pairs = [(cell, of_seed[cell.seed]) for cell in cells if cell.seed in of_seed] if sam else []
     sign = 1 if task.higher_is_better else -1

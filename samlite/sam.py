@@ -50,10 +50,19 @@ class SAM(Optimizer):
     first or second gradient is not finite leaves weights and state as they were, and adds one to `skipped`.
     With `rho=0` in every group this is the base optimizer, bit for bit and in one pass. With `m` each m closures of a
     list have a perturbation of their own (m-SAM, as Foret et al. train on several accelerators); else all share one.
+    `max_norm` clips the gradient that the base optimizer steps with, not the one that perturbs. With a `scaler`
+    closures run ``scaler.scale(loss).backward()`` and return the loss; the scaler steps, skips and updates in `step`.
     """
 
     skipped = 0
-    _kept: tuple[str, ...] = ("base_optimizer", "model", "m", "skipped")  # in a pickle, beside the optimizer's own
+    _kept: tuple[str, ...] = (
+        "base_optimizer",
+        "model",
+        "m",
+        "max_norm",
+        "scaler",
+        "skipped",
+    )  # in a pickle, beside the optimizer's own
     _perturbed: list[list[Tensor]] | None = None  # weights between first_step and second_step, by bucket
     _copies: Sequence[list[Tensor]] = ()  # what they were; the memory is kept from step to step
     _first_norm: Tensor
@@ -68,10 +77,14 @@ class SAM(Optimizer):
         normalize: bool = True,
         model: nn.Module | None = None,
         m: int | None = None,
+        max_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
         **base_kwargs: Any,
     ) -> None:
         if not (m is None or (isinstance(m, int) and m >= 1)):
             raise ValueError(f"m must be the number of closures that share a perturbation, >= 1, got {m!r}")
+        if not (max_norm is None or 0 < max_norm < math.inf):
+            raise ValueError(f"max_norm must be > 0 and finite, got {max_norm!r}")
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
             kind = type(base_optimizer).__name__
             raise ValueError(f"base_optimizer must be an optimizer class, got a {kind}; pass torch.optim.SGD")
@@ -87,7 +100,7 @@ class SAM(Optimizer):
             raise ValueError(f"base_optimizer must not have a {clash[0]}, got {name}; use SGD or Adam")
         super().__init__(base.param_groups, {**base.defaults, **own})
         self.base_optimizer = base
-        self.model, self.m = model, m
+        self.model, self.m, self.max_norm, self.scaler = model, m, max_norm, scaler
         self.param_groups, self.state = base.param_groups, base.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -109,9 +122,12 @@ class SAM(Optimizer):
         closures = self._checked(closure)
         if self._plain():
             loss = self._run(closures)
-            self.base_optimizer.step()
-            return loss
-        loss = self._both_passes(closures)
+            if self.max_norm is None and self.scaler is None:
+                self.base_optimizer.step()
+                return loss
+            self._first_norm = torch.zeros(())
+        else:
+            loss = self._both_passes(closures)
         self._descend(self._gradients())
         return loss
 
@@ -123,6 +139,8 @@ class SAM(Optimizer):
         """
         if self._perturbed is not None:
             raise RuntimeError("first_step was called twice; call second_step, or zero_grad and second_step")
+        if self.scaler:
+            raise RuntimeError("first_step cannot unscale gradients; call step(closure), or unscale and pass no scaler")
         self._ascend()
         if zero_grad:
             self.zero_grad()
@@ -205,12 +223,15 @@ class SAM(Optimizer):
         for loss in losses:
             if not isinstance(loss, Tensor):
                 raise ValueError(f"closure must return its loss, a tensor, got {type(loss).__name__}")
-        if len(losses) == 1:
-            return losses[0].detach()
-        grads = [weight.grad for weight in weights if weight.grad is not None]
-        if grads:
-            torch._foreach_div_(grads, len(losses))
-        return torch.stack(losses).mean()
+        if len(losses) > 1 or self.scaler:
+            grads = [weight.grad for weight in weights if weight.grad is not None]
+            if grads:
+                torch._foreach_div_(grads, len(losses) * self._scale(grads[0]))
+        return losses[0].detach() if len(losses) == 1 else torch.stack(losses).mean()
+
+    def _scale(self, like: Tensor) -> Any:
+        """What the scaler multiplies losses by: a number on the device, which nobody waits for; 1 without a scaler."""
+        return self.scaler.scale(like.new_ones(())) if self.scaler else 1
 
     def _gradients(self) -> list[Bucket]:
         """The weights that have a gradient, with it in float32 or wider."""
@@ -271,14 +292,34 @@ class SAM(Optimizer):
     def _descend(self, buckets: list[Bucket]) -> None:
         """Let the base optimizer step, if both gradients are finite."""
         norm = _norm([grads for _, _, grads in buckets])
+        if self.max_norm is not None:
+            for _, weights, _ in buckets:
+                shrink = (self.max_norm / norm.clamp_min(self.max_norm)).to(weights[0].device)
+                grads: list[Any] = [weight.grad for weight in weights]
+                torch._foreach_mul_(grads, shrink)
         # The one wait for the device in a step, hence after both passes. It cannot be left to the device: the
         # base optimizer keeps part of its state on the host.
-        if math.isfinite(norm + self._first_norm.to(norm.device)):
+        finite = math.isfinite(norm + self._first_norm.to(norm.device))
+        if self.scaler:
+            self._scaled_step(self.scaler, finite)
+        elif finite:
             self.base_optimizer.step()
+        if finite:
             self._stepped()
         else:
             self.skipped += 1
         self._opt_called = True  # a scheduler warns if no step came before its own
+
+    def _scaled_step(self, scaler: torch.amp.GradScaler, finite: bool) -> None:
+        """Let the scaler step or skip, and adapt its scale: it wants gradients that it has unscaled itself."""
+        weights: list[Any] = [weight for group in self.param_groups for weight in group["params"]]
+        grads: list[Tensor] = [weight.grad for weight in weights if weight.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, self._scale(grads[0]))
+            if not finite:  # what the first gradient had need not show in the second
+                grads[0].fill_(math.nan)
+            scaler.step(self.base_optimizer)
+            scaler.update()
 
     def _stepped(self) -> None:
         """The base optimizer has stepped. Variants keep what they need for the next step."""

@@ -62,8 +62,8 @@ def solutions(folder: Path | str) -> list[Solutions]:
 
 def _shares(group: Group, sam: Config, other: Config) -> bool:
     """Whether the other run is of the base optimizer and differs by that and its seed alone."""
-    alike = replace(other, seed=sam.seed, optimizer="sam", rho=sam.rho, lr=sam.lr, momentum=sam.momentum) == sam
-    return group.rho is not None and other.optimizer == sam.base and alike
+    own = {name: getattr(sam, name) for name in ("seed", "optimizer", "rho", "every", "m")}
+    return group.rho is not None and other.optimizer == sam.base and replace(other, **own) == sam
 
 
 def _solutions(

@@ -18,7 +18,7 @@ from typing import IO, Any, Literal
 
 from samlite import tasks
 from samlite.checkpoints import locked, read_json, write_json
-from samlite.config import Config
+from samlite.config import FAMILY, Config
 
 MEASURES = ("eigenvalues", "moments")  # what may be measured of a minimum; moments are never kept without eigenvalues
 
@@ -59,9 +59,9 @@ def grid(
         raise ValueError("widths must name at least one, got none")
     if seeds < 1:
         raise ValueError(f"seeds must be >= 1, got {seeds}")
-    if rhos and "sam" not in optimizers:
+    if rhos and not set(FAMILY) & set(optimizers):
         raise ValueError(f"rhos must go with sam among the optimizers, got {', '.join(optimizers)}")
-    base = settings.pop("base", None) or next((name for name in optimizers if name != "sam"), None)
+    base = settings.pop("base", None) or next((name for name in optimizers if name not in FAMILY), None)
     conditions: list[dict[str, Any]] = [
         {"label_noise": noise, "sparsity": sparsity, "weight_decay": decay}
         for noise in label_noises or (None,)
@@ -70,20 +70,15 @@ def grid(
     ]
     methods: list[dict[str, Any]] = []
     for optimizer in optimizers:
-        own = {"base": base} if optimizer == "sam" else {}
+        own = {"base": base} if optimizer in FAMILY else {}
         methods += [{"optimizer": optimizer, "rho": rho, **own} for rho in (rhos if own and rhos else (None,))]
     cells = []
     for width in widths:
         for condition in conditions:
             for seed in range(seeds):
                 for method in methods:
-                    cells.append(_cell(task, recipe, width=width, seed=seed, **condition, **method, **settings))
+                    cells.append(Config.of(task, recipe, width=width, seed=seed, **condition, **method, **settings))
     return list(dict.fromkeys(cells))
-
-
-def _cell(task: str, recipe: Mapping[str, Any] | None, pruner: str | None = None, **choices: Any) -> Config:
-    """A config; the pruner is for the sparse ones."""
-    return Config.of(task, recipe, pruner=pruner if choices.get("sparsity") else None, **choices)
 
 
 def run(
@@ -210,7 +205,7 @@ def _merged(folder: Path, cells: Sequence[Config]) -> list[Config]:
 
 def _differences(old: Config, new: Config) -> str:
     """What two cells of one sweep must have in common, but do not."""
-    own = {"width", "optimizer", "base", "rho", "seed", "label_noise", "sparsity", "weight_decay"}
+    own = {"width", "optimizer", "base", "rho", "seed", "every", "m", "label_noise", "sparsity", "weight_decay"}
     if not (old.sparsity and new.sparsity):
         own.add("pruner")
     if old.base != new.base:

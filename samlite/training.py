@@ -8,7 +8,7 @@ it was interrupted.
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -32,10 +32,11 @@ from samlite.config import Config, usable_device
 from samlite.hessian import Hessian
 from samlite.measure import SAMPLES
 from samlite.models import parameter_count
+from samlite.optimizers import Closures, optimizer_of, scaler_of
 from samlite.runs import LABELS, Run, check_folder, load_data, load_run, save_labels
-from samlite.sam import SAM
 from samlite.sparsity import masks_in
 from samlite.tasks import Splits, Task
+from samlite.tasks.task import Batch, hold_out
 from samlite.tracking import Tracker
 
 __all__ = ["Config", "EpochRecord", "Run", "TrackedRecord", "TrainingError", "load_run", "train"]
@@ -95,13 +96,14 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
         path = out / "checkpoint.pt"
         state = load_checkpoint(path) if path.exists() else {}
         model = network.initial(task, config, data, masks_in(state["model"]) if "model" in state else None)
-        optimizer = _optimizer(model, config)
+        scaler = scaler_of(config)
+        optimizer = optimizer_of(model, config, scaler)
         order = torch.Generator().manual_seed(config.seed)
         tracker = _tracker(model, task, data.train, config) if config.track else None
         records: list[EpochRecord] = []
         best: dict[str, Any] = {}
         if state:
-            records, best = _restore(state, path, model, optimizer, order, tracker)
+            records, best = _restore(state, path, model, optimizer, scaler, order, tracker)
             write_lines(out / "metrics.jsonl", map(asdict, records))
         elif not (out / "config.json").exists():
             write_json(out / "config.json", {**config.to_json(), **_environment()})
@@ -109,7 +111,12 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
             save_labels(data, out)
 
         steps = records[-1].steps if records else 0
-        gradient_evaluations = records[-1].gradient_evaluations if records else 0
+        trained, held_out = data.train, None
+        if config.optimizer == "agnostic":
+            trained, rest = hold_out(data.train)
+            held_out = _held_out(rest, config.batch_size, order)
+        gradients = records[-1].gradient_evaluations if records else 0
+        closures = Closures(model, task, config, optimizer, held_out, gradients)
         seconds_before = records[-1].seconds if records else 0.0
         started = saved = time.perf_counter()
         for epoch in range(len(records) + 1, config.epochs + 1):
@@ -119,20 +126,13 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            losses = []
+            losses: list[Tensor] = []
             with network.random_state(config.seed, epoch, device):
-                for inputs, targets in task.batches(model, data.train, config, order):
+                for step in closures.steps(task.batches(model, trained, config, order)):
                     model.train()
-
-                    def closure(inputs: Any = inputs, targets: Tensor = targets) -> Tensor:
-                        nonlocal gradient_evaluations
-                        gradient_evaluations += 1
-                        optimizer.zero_grad()
-                        loss: Tensor = task.loss(model(inputs), targets)
-                        loss.backward()  # type: ignore[no-untyped-call]
-                        return loss
-
-                    losses.append(optimizer.step(closure).detach())
+                    for group in optimizer.param_groups:
+                        group["rho"] = config.rho if (steps + len(losses)) % config.every == 0 else 0.0
+                    losses.append(optimizer.step(*step).detach())
 
             steps += len(losses)
             train, validation = task.evaluate(model, data.train), task.evaluate(model, data.validation)
@@ -149,7 +149,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
                 validation.metric,
                 lr,
                 steps,
-                gradient_evaluations,
+                closures.gradients,
                 seconds_before + time.perf_counter() - started,
             )
             records.append(TrackedRecord(**vars(record), **tracked) if tracked else record)
@@ -162,6 +162,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
                 state = {
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
+                    **({"scaler": scaler.state_dict()} if scaler else {}),
                     "order": order.get_state(),
                     "records": [asdict(record) for record in records],
                     "best": best,
@@ -189,14 +190,15 @@ def learning_rate(config: Config, epoch: int) -> float:
     return float(config.lr / 10**passed)
 
 
-def _optimizer(model: nn.Module, config: Config) -> Any:  # whose step returns the loss as a tensor
-    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.base == "sgd":
-        options["momentum"] = config.momentum
-    base = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.base]
-    if config.optimizer == "sam":
-        return SAM(model.parameters(), base, rho=config.rho, model=model, **options)
-    return base(model.parameters(), **options)
+def _held_out(data: Any, batch_size: int, order: torch.Generator) -> Callable[[], Batch]:
+    """Gives batches of these samples, drawn with replacement."""
+
+    def draw() -> Batch:
+        chosen = torch.randint(len(data), (min(batch_size, len(data)),), generator=order)
+        batch: Batch = next(data[chosen.to(data.targets.device)].batches(batch_size))
+        return batch
+
+    return draw
 
 
 def _tracker(model: nn.Module, task: Task, data: Any, config: Config) -> Tracker:
@@ -217,6 +219,7 @@ def _restore(
     path: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
     order: torch.Generator,
     tracker: Tracker | None,
 ) -> tuple[list[EpochRecord], dict[str, Any]]:
@@ -224,6 +227,8 @@ def _restore(
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        if scaler:
+            scaler.load_state_dict(state["scaler"])
         order.set_state(state["order"])
         if tracker:
             tracker.load_state_dict(state["tracker"])

@@ -60,7 +60,7 @@ BAD_CALLS = {
     "train --width 1000000000000000": "width must leave a network that fits in memory",
     "train --optimizer lion": "'lion' is not one of 'sgd', 'adam', 'adamw', 'sam'",
     "train --base sam": "'sam' is not one of",
-    "train --base adam": "base must go with optimizer sam, got adam with sgd",
+    "train --base adam": "base must go with SAM, got adam with sgd; use optimizer sam",
     "train --rho 0.1": "rho must be 0 without SAM, got 0.1; use optimizer sam",
     "train --optimizer sam --rho -1": "rho must be >= 0, got -1.0",
     "train --optimizer sam --rho nan": "rho must be >= 0, got nan",
@@ -121,7 +121,7 @@ BAD_CALLS = {
     "sweep mnits --widths 8": "did you mean mnist?",
     "sweep --widths 8 --seeds 0": "seeds must be >= 1, got 0",
     "sweep --widths 8 --jobs 0": "jobs must be >= 1, got 0",
-    "sweep --widths 8 --optimizers sgd,sma": "'sma' is not one of sgd, adam, adamw, sam; did you mean sam?",
+    "sweep --widths 8 --optimizers sgd,sma": "'sma' is not one of sgd, adam, adamw, sam, friendly, agnostic, sampa; did you mean",
     "sweep --widths 8 --optimizers sgd --rhos 0.1": "rhos must go with sam among the optimizers, got sgd",
     "sweep --widths 8 --rhos 0.1,-1": "rho must be >= 0, got -1.0",
     "sweep --widths 8 --rho 0.1": "No such option '--rho'",
@@ -190,7 +190,8 @@ def test_the_shell_can_complete_commands_options_and_tasks(cli: Cli, monkeypatch
 
 
 def test_the_choices_on_screen_are_those_of_the_library() -> None:
-    assert options.OPTIMIZERS == config.OPTIMIZERS and options.OPTIMIZERS[:-1] == config.BASES
+    assert options.OPTIMIZERS == config.OPTIMIZERS and options.BASES == config.BASES
+    assert options.PRUNERS == config.PRUNERS and options.PRECISIONS == config.PRECISIONS
 
 
 def test_help_and_version_start_without_torch() -> None:

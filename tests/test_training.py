@@ -60,11 +60,14 @@ def test_the_name_of_a_run_tells_the_cells_of_a_sweep_apart() -> None:
         ({"width": 2.5}, "width must be an integer, got 2.5"),
         ({"width": True}, "width must be an integer, got True"),
         ({"width": 10**30}, "width must be >= 1 and below 2.63"),
-        ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, adamw, sam, got 'lion'"),
+        (
+            {"optimizer": "lion"},
+            "optimizer must be one of sgd, adam, adamw, sam, friendly, agnostic, sampa, got 'lion'",
+        ),
         ({"optimizer": "sam", "base": "sam"}, "base must be one of sgd, adam, adamw, got 'sam'"),
         ({"rho": 0.1}, "rho must be 0 without SAM, got 0.1; use optimizer sam"),
         ({"optimizer": "sam", "rho": -1.0}, "rho must be >= 0, got -1.0"),
-        ({"base": "adam"}, "base must go with optimizer sam"),
+        ({"base": "adam"}, "base must go with SAM, got adam with sgd; use optimizer sam"),
         ({"optimizer": "adam", "momentum": 0.5}, "momentum must be 0 for adam"),
         ({"lr": 0.0}, "lr must be > 0, got 0.0"),
         ({"lr": float("nan")}, "lr must be > 0, got nan"),
@@ -505,3 +508,35 @@ def test_early_stopping_returns_to_the_best_epoch(tmp_path: Path) -> None:
     run = load_run(tmp_path)
     assert run.task.evaluate(run.model, run.data.validation).metric == records[best - 1].validation_metric
     assert list(train(config, tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("choices", "gradients"),
+    [
+        ({"optimizer": "friendly"}, 2 * 29 * 6),
+        ({"optimizer": "agnostic"}, 4 * 26 * 6),  # a tenth of the samples is held out
+        ({"optimizer": "sampa"}, 2 * 29 * 6),
+        ({"optimizer": "sam", "every": 3}, 29 * 6 + 29 * 2),
+        ({"optimizer": "sam", "m": 8, "clip": 0.5}, 2 * 29 * 6),
+        ({"optimizer": "sam", "accumulate": 4, "precision": "bfloat16"}, 2 * 29 * 6),
+        ({"optimizer": "adamw", "accumulate": 2}, 29 * 6),
+    ],
+)
+def test_every_variant_resumes_to_the_same_files_and_counts_its_gradients(
+    tmp_path: Path, choices: dict[str, Any], gradients: int
+) -> None:
+    config = digits(epochs=6, **choices)
+    list(train(config, tmp_path / "whole"))
+    for _ in zip(range(3), train(config, tmp_path / "parts"), strict=False):
+        pass
+    list(train(config, tmp_path / "parts"))
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert result(tmp_path / "whole")["gradient_evaluations"] == gradients
+
+
+def test_accumulation_is_the_training_of_whole_batches(tmp_path: Path) -> None:
+    for parts in (1, 5):
+        list(train(digits(optimizer="sam", accumulate=parts), tmp_path / str(parts)))
+    one, five = (load_weights(tmp_path / str(parts) / "model.safetensors") for parts in (1, 5))
+    for name, weight in one.items():  # float32; the last batch of four samples has four parts
+        torch.testing.assert_close(five[name], weight, rtol=1e-3, atol=1e-5)

@@ -260,3 +260,101 @@ def test_a_variant_without_its_second_closure_or_by_hand_is_refused() -> None:
         agnostic.first_step()
     with pytest.raises(RuntimeError, match="SAMPa has no first_step"):
         SAMPa(problem.model.parameters(), torch.optim.SGD, lr=0.1).first_step()
+
+
+# Clipping, gradient scaling and accumulation, for SAM and its variants
+
+
+@pytest.mark.parametrize("rho", [0.0, RHO])
+def test_the_final_gradient_is_clipped_and_the_perturbation_is_not(problem: Problem, rho: float) -> None:
+    optimizer = SAM(problem.model.parameters(), torch.optim.SGD, rho, max_norm=0.05, lr=LR)
+    w = problem.weights
+    for i in range(STEPS):
+        up = w + rho * unit(problem.gradient(w, i)) if rho else w
+        g = problem.gradient(up, i)
+        w = w - LR * g * min(1, 0.05 / float(g.norm()))
+        optimizer.step(problem.closure(i))
+        close(problem, w)
+
+
+def scaled(
+    problem: Problem, scaler: torch.amp.GradScaler, factor: float = 1.0
+) -> Callable[[int], Callable[[], Tensor]]:
+    def closure(batch: int) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            loss = problem.losses(problem.model, batch) * factor
+            scaler.scale(loss).backward()
+            return loss
+
+        return run
+
+    return closure
+
+
+@pytest.mark.parametrize("kind", [SAM, FriendlySAM, AgnosticSAM, SAMPa])
+def test_a_gradient_scaler_changes_nothing_but_the_scale(kind: type[SAM]) -> None:
+    def second(closure: Callable[[int], Any], i: int) -> list[Any]:
+        return {AgnosticSAM: [closure(30)], SAMPa: [closure(i + 1)]}.get(kind, [])
+
+    torch.manual_seed(1)
+    plain = network()
+    optimizer = kind(plain.model.parameters(), torch.optim.Adam, RHO, lr=0.01, max_norm=0.1)
+    for i in range(4):
+        optimizer.step(plain.closure(i), *second(plain.closure, i))
+
+    torch.manual_seed(1)
+    problem = network()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    optimizer = kind(problem.model.parameters(), torch.optim.Adam, RHO, lr=0.01, max_norm=0.1, scaler=scaler)
+    closure = scaled(problem, scaler)
+    for i in range(4):
+        optimizer.step(closure(i), *second(closure, i))
+    torch.testing.assert_close(problem.weights, plain.weights, rtol=1e-9, atol=1e-12)
+    assert scaler.get_scale() == 4096.0  # it grew twice: one update a step
+
+    before = problem.weights
+    broken = scaled(problem, scaler, float("inf"))
+    optimizer.step(broken(4), *second(closure, 4))
+    assert torch.equal(problem.weights, before) and optimizer.skipped == 1 and scaler.get_scale() == 2048.0
+    optimizer.step(closure(5), *second(closure, 5))
+    assert problem.weights.isfinite().all() and not torch.equal(problem.weights, before)
+
+
+@pytest.mark.parametrize("kind", [SAM, FriendlySAM, AgnosticSAM, SAMPa])
+def test_four_micro_batches_equal_one_batch(kind: type[SAM]) -> None:
+    inputs, targets = torch.randn(12, 8, 4), torch.randint(0, 3, (12, 8))
+
+    def weights(parts: int) -> Tensor:
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+        optimizer = kind(model.parameters(), torch.optim.SGD, RHO, lr=LR, momentum=0.9)
+
+        def closures(batch: int) -> list[Callable[[], Tensor]]:
+            def closure(x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+                def run() -> Tensor:
+                    loss = nn.functional.cross_entropy(model(x), y)
+                    loss.backward()
+                    return loss
+
+                return run
+
+            return [closure(x, y) for x, y in zip(inputs[batch].chunk(parts), targets[batch].chunk(parts), strict=True)]
+
+        for i in range(STEPS):
+            second = {AgnosticSAM: [closures(11)], SAMPa: [closures(i + 1)]}.get(kind, [])
+            optimizer.step(closures(i), *second)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    torch.testing.assert_close(weights(4), weights(1), rtol=1e-12, atol=1e-14)
+
+
+def test_parameter_groups_have_radii_of_their_own(problem: Problem) -> None:
+    parameters = list(problem.model.parameters())
+    groups: list[dict[str, Any]] = [{"params": parameters[:1], "rho": 0.5}, {"params": parameters[1:]}]
+    optimizer = SAM([group for group in groups if group["params"]], torch.optim.SGD, rho=0.1, lr=LR / 10)
+    radii = torch.cat([torch.full((p.numel(),), 0.5 if i == 0 else 0.1) for i, p in enumerate(parameters)])
+    w = problem.weights
+    for i in range(STEPS):
+        w = w - LR / 10 * problem.gradient(w + radii * unit(problem.gradient(w, i)), i)
+        optimizer.step(problem.closure(i))
+        close(problem, w)
