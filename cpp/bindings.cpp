@@ -73,14 +73,15 @@ Measure measure_of(Operator& operation, const Tensor& start, int64_t steps) {
 }
 
 std::shared_ptr<Hessian> make_hessian(std::vector<Tensor> params, std::function<void(int64_t)> rewind,
-                                      Next<Curvature> next, int64_t memory) {
-  return std::make_shared<Hessian>(std::move(params), std::move(rewind), std::move(next), memory, check_signals);
+                                      Next<Curvature> next, int64_t memory, Sum sum) {
+  return std::make_shared<Hessian>(std::move(params), std::move(rewind), std::move(next), memory, check_signals,
+                                   std::move(sum));
 }
 
 std::shared_ptr<Moments> make_moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind,
-                                      Next<Powers> next, bool batches, int64_t memory) {
+                                      Next<Powers> next, bool batches, int64_t memory, Sum sum) {
   return std::make_shared<Moments>(std::move(params), std::move(rewind), std::move(next), batches, memory,
-                                   check_signals);
+                                   check_signals, std::move(sum));
 }
 
 std::shared_ptr<Curvature> make_gradient(const Tensor& loss, std::vector<Tensor> params) {
@@ -164,7 +165,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("gauss_newton", torch::wrap_pybind_function_no_gil(make_gauss_newton), py::arg("loss"), py::arg("outputs"),
         py::arg("cuts"), py::arg("params"));
   py::class_<Hessian, Operator, std::shared_ptr<Hessian>> hessian(m, "Hessian");
-  hessian.def(py::init(&make_hessian), py::arg("params"), py::arg("rewind"), py::arg("next"), py::arg("memory"));
+  hessian.def(py::init(&make_hessian), py::arg("params"), py::arg("rewind"), py::arg("next"), py::arg("memory"),
+              py::arg("sum") = nullptr);
   bind_graphs(hessian);
 
   m.def("tap", &tap, py::arg("a"));
@@ -197,7 +199,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Moments, std::shared_ptr<Moments>> moments(m, "Moments");
   moments
       .def(py::init(&make_moments), py::arg("params"), py::arg("rewind"), py::arg("next"), py::arg("batches"),
-           py::arg("memory"))
+           py::arg("memory"), py::arg("sum") = nullptr)
       .def("apply", torch::wrap_pybind_function_no_gil(&Moments::apply), py::arg("v"), py::arg("order"))
       .def("ascent", torch::wrap_pybind_function_no_gil(&Moments::ascent));
   bind_graphs(moments);

@@ -48,6 +48,9 @@ class AllocationCounter {
   std::optional<c10::DebugInfoGuard> guard_;
 };
 
+// Sums a tensor over the processes that share a data set, in place. Empty where there is one process.
+using Sum = std::function<void(const Tensor&)>;
+
 template <class Graph>
 class Graphs {
  public:
@@ -58,17 +61,32 @@ class Graphs {
   };
   // `rewind(i)` goes to batch i, `next()` builds it on the device, or gives nothing behind the last.
   Graphs(std::function<void(int64_t)> rewind, std::function<std::optional<Batch>()> next, c10::Device device,
-         int64_t memory, std::function<void()> check_signals)
+         int64_t memory, std::function<void()> check_signals, Sum sum = {})
       : rewind_(std::move(rewind)),
         next_(std::move(next)),
         device_(device),
         memory_(memory),
-        check_signals_(std::move(check_signals)) {}
+        check_signals_(std::move(check_signals)),
+        sum_(std::move(sum)) {}
 
   int64_t batches() const { return static_cast<int64_t>(losses_.size()); }
   int64_t kept() const { return static_cast<int64_t>(graphs_.size()); }
   int64_t kept_bytes() const { return kept_bytes_; }
-  double weight() const { return weight_; }  // of all batches, once a pass is done
+  // Of all batches of all processes, once a pass is done. Waits for the device the first time.
+  double weight() {
+    if (!total_weight_) total_weight_ = summed(weight_);
+    return *total_weight_;
+  }
+  // Over all processes, which must all ask: of a tensor in place, or of a number.
+  void sum(const Tensor& part) const {
+    if (sum_) sum_(part);
+  }
+  double summed(double part) const {
+    if (!sum_) return part;
+    const Tensor total = at::full({1}, part, at::TensorOptions().device(device_).dtype(at::kDouble));
+    sum_(total);
+    return total.item<double>();
+  }
   // Time of the first pass's builds, which is that of a plain gradient to about a tenth: the unit of work.
   double build_seconds() const { return build_seconds_; }
   // The largest relative change of a batch's loss between two passes: anything but rounding means that the function
@@ -98,7 +116,7 @@ class Graphs {
     TORCH_CHECK_VALUE(passes_ == 0 || batch == batches(), "data must give the same batches at every pass, got ", batch,
                       " after ", batches(), " in the first");
     TORCH_CHECK_VALUE(batch > 0, "data must hold at least one batch, got none");
-    TORCH_CHECK_VALUE(weight_ > 0, "the weights of all batches must sum to more than 0, got ", weight_);
+    TORCH_CHECK_VALUE(weight_ > 0 || sum_, "the weights of all batches must sum to more than 0, got ", weight_);
     ++passes_;
   }
 
@@ -135,6 +153,7 @@ class Graphs {
     graphs_.clear();
     losses_.clear();
     weight_ = build_seconds_ = 0;
+    total_weight_.reset();
     kept_bytes_ = 0;
   }
 
@@ -149,10 +168,12 @@ class Graphs {
   c10::Device device_;
   int64_t memory_;
   std::function<void()> check_signals_;
+  Sum sum_;
   std::vector<Graph> graphs_;  // of the first batches
   std::vector<Tensor> losses_;
   int64_t kept_bytes_ = 0, passes_ = 0;
   double weight_ = 0, build_seconds_ = 0;
+  std::optional<double> total_weight_;
   Tensor drift_;
 };
 

@@ -95,9 +95,10 @@ std::vector<Tensor> views(const Tensor& flat, const std::vector<Tensor>& params)
 }
 
 Hessian::Hessian(std::vector<Tensor> params, std::function<void(int64_t)> rewind, Next<Curvature> next, int64_t memory,
-                 std::function<void()> check_signals)
+                 std::function<void()> check_signals, Sum sum)
     : params_(std::move(params)),
-      graphs_(std::move(rewind), stream(std::move(next)), params_.at(0).device(), memory, std::move(check_signals)) {
+      graphs_(std::move(rewind), stream(std::move(next)), params_.at(0).device(), memory, std::move(check_signals),
+              std::move(sum)) {
   for (const auto& p : params_) numel_ += p.numel();
 }
 
@@ -106,6 +107,7 @@ Tensor Hessian::apply(const Tensor& v) {
   const auto directions = views(v, params_);
   auto sums = views(out, params_);
   graphs_.pass([&](const auto& graph) { graph->add_product(directions, sums); });
+  graphs_.sum(out);
   return out.div_(graphs_.weight());
 }
 

@@ -78,9 +78,10 @@ auto stream(Next<Graph> next) {
 
 class Hessian : public Operator {
  public:
-  // params: the leaves that H is taken by; memory: bytes that the kept graphs may take.
+  // params: the leaves that H is taken by; memory: bytes that the kept graphs may take; sum: over processes, each of
+  // which has a part of the data.
   Hessian(std::vector<Tensor> params, std::function<void(int64_t)> rewind, Next<Curvature> next, int64_t memory,
-          std::function<void()> check_signals);
+          std::function<void()> check_signals, Sum sum = {});
 
   Tensor apply(const Tensor& v) override;
   int64_t measure();  // bytes that building the first batch takes

@@ -318,10 +318,11 @@ void Whole::add(const Tensor& v, Tensor& out) {
 }
 
 Moments::Moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind, Next<Powers> next, bool batches,
-                 int64_t memory, std::function<void()> check_signals)
+                 int64_t memory, std::function<void()> check_signals, Sum sum)
     : params_(std::move(params)),
       batches_(batches),
-      graphs_(std::move(rewind), stream(std::move(next)), params_.at(0).device(), memory, std::move(check_signals)) {
+      graphs_(std::move(rewind), stream(std::move(next)), params_.at(0).device(), memory, std::move(check_signals),
+              std::move(sum)) {
   for (const auto& p : params_) numel_ += p.numel();
 }
 
@@ -333,10 +334,16 @@ Tensor Moments::apply(const Tensor& v, int64_t order) {
     graph->add(v, out);
     samples += graph->samples();
   });
+  graphs_.sum(out);
   if (batches_) return out.div_(graphs_.weight());
-  const double share = static_cast<double>(samples) / graphs_.weight();
-  for (int64_t k = 0; k < order; ++k) out[k].mul_(std::pow(share, static_cast<double>(k + 1)) / samples);
+  const double n = total(samples), share = n / graphs_.weight();
+  for (int64_t k = 0; k < order; ++k) out[k].mul_(std::pow(share, static_cast<double>(k + 1)) / n);
   return out;
+}
+
+double Moments::total(int64_t samples) {
+  if (!samples_) samples_ = graphs_.summed(static_cast<double>(samples));
+  return *samples_;
 }
 
 Tensor Moments::ascent() {
@@ -348,7 +355,11 @@ Tensor Moments::ascent() {
     accumulate(count, quotients.isfinite().sum());
     samples += graph->samples();
   });
-  return sum / count * (static_cast<double>(samples) / graphs_.weight());
+  sum = sum.contiguous().view({1});
+  const Tensor counted = count.to(sum.scalar_type()).view({1});
+  graphs_.sum(sum);
+  graphs_.sum(counted);
+  return (sum / counted)[0] * (total(samples) / graphs_.weight());
 }
 
 int64_t Moments::measure() {

@@ -117,7 +117,7 @@ class Whole : public Powers {
 class Moments {
  public:
   Moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind, Next<Powers> next, bool batches,
-          int64_t memory, std::function<void()> check_signals);
+          int64_t memory, std::function<void()> check_signals, Sum sum = {});
   Tensor apply(const Tensor& v, int64_t order);  // -> (order, p): M_1 v, ..., M_order v
   Tensor ascent();                               // the mean of g_i^T H_i g_i / |g_i|^2 where g_i is not 0: ()
   int64_t measure();                             // bytes that two steps through the first batch take
@@ -129,6 +129,9 @@ class Moments {
   std::vector<Tensor> params_;
   bool batches_;
   int64_t numel_ = 0;
+  double total(int64_t samples);  // over all processes, as counted in a pass
+
+  std::optional<double> samples_;
   Graphs<std::shared_ptr<Powers>> graphs_;
 };
 

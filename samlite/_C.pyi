@@ -57,6 +57,7 @@ class Hessian(Operator):
         rewind: Function[[int], None],
         next: Function[[], tuple[Curvature, Tensor, float] | None],
         memory: int,
+        sum: Function[[Tensor], None] | None = None,
     ) -> None: ...
     def measure(self) -> int: ...
     def drift(self) -> float: ...
@@ -112,6 +113,7 @@ class Moments:
         next: Function[[], tuple[Powers, Tensor, float] | None],
         batches: bool,
         memory: int,
+        sum: Function[[Tensor], None] | None = None,
     ) -> None: ...
     def apply(self, v: Tensor, order: int) -> Tensor: ...  # (order, p)
     def ascent(self) -> Tensor: ...  # ()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from samlite.curvature import Curves, Kind
 from samlite.losses import PROBE, Data, Loss, Losses, full_precision, is_pair
 from samlite.moments import Moments, OfMoments, Samples, Unit
 from samlite.operator import Operator, Progress, check_steady, compiled, require
+from samlite.ranks import Ranks
 from samlite.sharpness import Block, Sharpness, blocks, sharpness
 from samlite.stability import Stability, stability
 
@@ -42,6 +43,9 @@ class Hessian(Operator):
         memory: bytes (or "2GB") that kept graphs may take; default half of what is free. Beyond it graphs are built
             anew at every product, with the same results.
         mode: "eval", or "train" for the function with batch statistics.
+        process_group: of ``torch.distributed``, whose processes each hold a part of the data and the same weights:
+            every result is that of all the data together, the same on every process, and all must call the same
+            methods. Every product is summed over the processes once. Memory is what the one with the least has.
 
     Raises:
         ValueError: an argument is not usable; the line names it, the rule and the fix.
@@ -57,6 +61,7 @@ class Hessian(Operator):
         curvature: Kind = "hessian",
         memory: int | str | None = None,
         mode: Literal["eval", "train"] = "eval",
+        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -67,6 +72,9 @@ class Hessian(Operator):
         self.mode: Literal["eval", "train"] = mode
         self.curvature: Kind = curvature
         self.memory = _free_memory(self.params[0].device) // 2 if memory is None else _bytes(memory)
+        self._ranks = Ranks(process_group, self.params[0].device) if process_group is not None else None
+        if self._ranks:
+            self.memory = int(self._ranks.least(self.memory))  # sizes that follow from it must agree
         self._loss_fn, self._data = loss_fn, data
         self._losses = Losses(model, loss_fn, data, self.params, mode)
         self._losses.probe(PROBE)
@@ -172,6 +180,7 @@ class Hessian(Operator):
             curvature=self.curvature,
             memory=self.memory,
             mode=self.mode,
+            process_group=self._ranks.group if self._ranks else None,
         )
 
     def gradient(self) -> Tensor:
@@ -186,12 +195,19 @@ class Hessian(Operator):
                 if total.requires_grad:
                     parts = torch.autograd.grad(total, self.params, allow_unused=True, materialize_grads=True)
                     sums += torch.cat([part.reshape(-1) for part in parts])
+        if self._ranks:
+            self._ranks.sum(sums)
+            weights = self._ranks.total(weights)
         return sums / weights
 
     def moment_operator(self, order: int, unit: Unit = "sample") -> MomentOperator:
         """M_order - H^order, with the interface of this one."""
         require(isinstance(order, int) and order >= 1, f"order must be >= 1, got {order}")
         return MomentOperator(self, order, unit)
+
+    @property
+    def _sum(self) -> Callable[[Tensor], None] | None:
+        return self._ranks.sum if self._ranks else None
 
     def _samples(self, unit: Unit) -> Samples:
         """The per-sample Hessians at the model's present weights."""
@@ -206,7 +222,7 @@ class Hessian(Operator):
             self._moments.pop(unit, None)
             losses = Losses(self._losses.model, self._loss_fn, self._data, self.params, self.mode)
             with full_precision():
-                samples = Samples(compiled(), losses, self.memory, unit, self.curvature)
+                samples = Samples(compiled(), losses, self.memory, unit, self.curvature, self._sum)
             self._moments[unit] = state, samples
         return samples
 
@@ -235,7 +251,7 @@ class Hessian(Operator):
                 batch = losses.next_batch()
                 return None if batch is None else curves.whole(batch)
 
-            operator = compiled().Hessian(self.params, losses.rewind, graph, self.memory)
+            operator = compiled().Hessian(self.params, losses.rewind, graph, self.memory, self._sum)
             if losses.chunk and self.mode == "eval":  # as many rows a chunk as have a graph within the memory
                 losses.fit(operator.measure, self.memory)
             self._operator, self._state = operator, state

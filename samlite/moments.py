@@ -10,7 +10,7 @@ Definitions: s_k = lambda_max(M_k - H^k)^(1/k), after Wu, Ma and E, "How SGD sel
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -82,9 +82,18 @@ class Samples:
         memory: bytes that the kept graphs may take.
         unit: "sample", or "batch" for each batch as one.
         kind: of curvature.
+        sum: of a tensor over processes, in place, where each has a part of the data.
     """
 
-    def __init__(self, module: ModuleType, losses: Losses, memory: int, unit: Unit, kind: Kind) -> None:
+    def __init__(
+        self,
+        module: ModuleType,
+        losses: Losses,
+        memory: int,
+        unit: Unit,
+        kind: Kind,
+        sum: Callable[[Tensor], None] | None = None,
+    ) -> None:
         self._c, self._losses, self._unit = module, losses, unit
         self._curves = Curves(module, losses, kind)
         self.fallback: str | None = None
@@ -99,7 +108,7 @@ class Samples:
                     stacklevel=4,
                 )
         self.operator = module.Moments(
-            losses.parameters, losses.rewind, self._next, batches=unit == "batch", memory=memory
+            losses.parameters, losses.rewind, self._next, batches=unit == "batch", memory=memory, sum=sum
         )
         if self._plan is not None and is_pair(losses.data):
             losses.fit(self.operator.measure, memory)

@@ -121,7 +121,7 @@ BAD_CALLS = {
     "sweep mnits --widths 8": "did you mean mnist?",
     "sweep --widths 8 --seeds 0": "seeds must be >= 1, got 0",
     "sweep --widths 8 --jobs 0": "jobs must be >= 1, got 0",
-    "sweep --widths 8 --optimizers sgd,sma": "'sma' is not one of sgd, adam, adamw, sam, friendly, agnostic, sampa; did you mean",
+    "sweep --widths 8 --optimizers sgd,sma": "adamw, sam, friendly, agnostic, sampa; did you mean sam?",
     "sweep --widths 8 --optimizers sgd --rhos 0.1": "rhos must go with sam among the optimizers, got sgd",
     "sweep --widths 8 --rhos 0.1,-1": "rho must be >= 0, got -1.0",
     "sweep --widths 8 --rho 0.1": "No such option '--rho'",
