@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ def progress() -> Iterator[Progress]:
         TextColumn("{task.description}", markup=False),
         console=stderr,
         transient=True,
-        disable=not stderr.is_terminal,
+        disable=not stderr.is_terminal or os.environ.get("RANK", "0") != "0",  # of several processes the first shows it
     ) as bar:
         yield bar
 

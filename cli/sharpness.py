@@ -113,6 +113,7 @@ def sharpness(
       samlite sharpness runs/digits-sgd-w64-s0 --moments --trace --density --blocks
       samlite sharpness runs/digits-sgd-w64-s0 --stability --curvature ggn
       samlite sharpness resnet.pt --model nets:resnet20 --data nets:batches --top 10
+      torchrun --nproc-per-node 4 -m samlite.cli sharpness runs/digits-sgd-w64-s0 --moments
 
     Each value comes with a bound on its error, or with a standard error where it is an estimate. Exit status 1
     where a value is not as exact as --tol asks, or where the search for missed eigenvalues did not finish.
@@ -120,6 +121,9 @@ def sharpness(
     """
     _check_options(source, samples, lr, rho, figure, wanted, {"--model": model, "--data": data, "--loss": loss})
     _check_files(figure, save_vectors)
+    from samlite import ranks
+
+    click.get_current_context().with_resource(ranks.joined())
     subject = _subject(source, samples, device, model, data, loss)
     lr, rho = lr if lr is not None else subject.lr, rho if rho is not None else subject.rho
     if wanted["stability"] and lr is None:
@@ -144,6 +148,8 @@ def sharpness(
             if wanted[name]:
                 more[name] = measure()
 
+    if ranks.rank() > 0:  # the first process speaks for all
+        return
     from samlite.measure import as_record, document
 
     record = as_record(subject, found, which, measured_parameters=hessian.shape[0], **settings)

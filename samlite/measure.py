@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from samlite import ranks
 from samlite.checkpoints import load_weights, read_json, write_json
 from samlite.config import usable_device
 from samlite.hessian import Hessian
@@ -43,8 +45,10 @@ class Subject:
     rho: float = 0.0
 
     def hessian(self, dtype: str = "float32", **options: Any) -> Hessian:
-        """The Hessian in this type; the data follow the model."""
-        return Hessian(self.model.to(getattr(torch, dtype)), self.loss, self.data, **options)
+        """The Hessian in this type; the data follow the model, and are shared out over the processes there are."""
+        group = dist.group.WORLD if ranks.world() > 1 else None
+        model = self.model.to(getattr(torch, dtype))
+        return Hessian(model, self.loss, ranks.own_part(self.data), process_group=group, **options)
 
 
 def run_subject(folder: Path, samples: int | None = None, device: str | None = None) -> Subject:

@@ -1,10 +1,22 @@
-"""Processes that share a data set: sums over them, by torch.distributed."""
+"""Processes that share a data set, by torch.distributed: their sums, their parts of it, and how the terminal joins.
 
+``torchrun --nproc-per-node N -m samlite.cli ...`` starts N processes, which find each other by what it puts into the
+environment.
+"""
+
+import gc
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from samlite.losses import is_pair
 
 
 class Ranks:
@@ -31,3 +43,51 @@ class Ranks:
         number = torch.tensor([part], dtype=torch.float64, device=self.device)
         dist.all_reduce(number, operation, group=self.group)
         return number.item()
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the other processes that a launcher started, if it did, and leave them afterwards."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        gc.collect()  # a Hessian in a cycle would keep the group, whose threads must end before the interpreter does
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this one, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def own_part(data: Any) -> Any:
+    """This process's part of an (inputs, targets) pair or of a re-iterable of batches: every world-th."""
+    if world() == 1:
+        return data
+    if is_pair(data):
+        inputs, targets = data
+        if len(inputs) < world():
+            raise ValueError(f"data must hold a sample for each of {world()} processes, got {len(inputs)}")
+        return inputs[rank() :: world()], targets[rank() :: world()]
+    return _Part(data, rank(), world())
+
+
+@dataclass(frozen=True)
+class _Part:
+    batches: Iterable[Any]
+    first: int
+    every: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.batches), self.first, None, self.every)
