@@ -13,6 +13,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
+PERTURBATIONS = ("global", "local")  # likewise
 PRECISIONS = ("float32", "bfloat16", "float16")  # likewise
 PRUNERS = ("random", "snip", "magnitude")  # likewise
 BASES = ("sgd", "adam", "adamw")
@@ -175,6 +176,12 @@ def recipe_options(command: Command) -> Command:
         click.option(
             "--precision", type=click.Choice(PRECISIONS), help="Of the forward pass in training; default float32."
         ),
+        click.option(
+            "--perturb",
+            type=click.Choice(PERTURBATIONS),
+            help="Under torchrun: by the gradient of all processes, or each by its own; default global.",
+        ),
+        click.option("--sync-batch-norm", is_flag=True, default=None, help="Under torchrun: statistics over all GPUs."),
         click.option("--linearize", is_flag=True, default=None, help="Train the first-order expansion of the network."),
         click.option("--threads", type=int, help="Threads of the CPU for a run."),
         click.option("--device", help="cpu, cuda, cuda:1, mps; default cuda if there is one."),

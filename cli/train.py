@@ -61,6 +61,7 @@ def train(
       samlite train digits --width 128 --optimizer sam --rho 0.1 --seed 1
       samlite train mnist --data path/to/parquet --epochs 10 --schedule cosine
       samlite train --width 64 --momentum 0 --track 1
+      torchrun --nproc-per-node 2 -m samlite.cli train --width 64 --optimizer sam
 
     Repeat the command to continue a run that was stopped; it ends as if it had never been. `samlite tasks
     TASK` shows the recipe, and the folder of the run holds config.json, metrics.jsonl, checkpoint.pt,
@@ -74,8 +75,13 @@ def train(
     recipe = read_recipe(config)
     settings = Config.from_json(json.loads(cell), "--cell") if cell else Config.of(task, recipe, **choices)
     folder = out or Path("runs") / f"{task}-{settings.name}"
+    from samlite import ranks
+
+    click.get_current_context().with_resource(ranks.joined())
     with progress() as bar:
         _train(settings, folder, resume, bar)
+        if ranks.rank() > 0:  # the first process speaks for all
+            return
         if settings.track:
             _draw(settings, folder)
         converged = _measure(settings, folder, measure, bar)

@@ -14,11 +14,12 @@ from samlite import tasks
 BASES = ("sgd", "adam", "adamw")
 FAMILY = ("sam", "friendly", "agnostic", "sampa")
 OPTIMIZERS = (*BASES, *FAMILY)
+PERTURBATIONS = ("global", "local")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SCHEDULES = ("step", "cosine", "constant")
 CONDITIONS = (  # of training, which a recipe file may set too
     *("augment", "label_noise", "sparsity", "pruner", "patience", "linearize"),
-    *("every", "m", "accumulate", "clip", "precision"),
+    *("every", "m", "accumulate", "clip", "precision", "perturb", "sync_batch_norm"),
 )
 PRUNERS = ("random", "snip", "magnitude")
 
@@ -55,6 +56,8 @@ class Config:
     accumulate: int = 1  # micro-batches that a batch is computed in
     clip: float = 0.0  # largest norm of the gradient that is stepped with; 0: any
     precision: str = "float32"  # of the forward pass in training
+    perturb: str = "global"  # of several processes: by the gradient of all, or each by its own ("local")
+    sync_batch_norm: bool = False  # statistics over all processes, on CUDA devices
     linearize: bool = False  # train the network's first-order expansion about its first weights
     track: int = 0  # largest Hessian eigenvalues recorded after every epoch
 
@@ -86,7 +89,8 @@ class Config:
         _check_integer("accumulate", self.accumulate, 1)
         _check_number("clip", self.clip)
         _check_choice("precision", self.precision, PRECISIONS)
-        for name in ("augment", "linearize"):
+        _check_choice("perturb", self.perturb, PERTURBATIONS)
+        for name in ("augment", "linearize", "sync_batch_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         self._check_optimizer()
@@ -104,6 +108,10 @@ class Config:
             raise ValueError(f"m must be 0 for {self.optimizer}, got {self.m}; use optimizer sam")
         if self.m and self.accumulate > 1:
             raise ValueError(f"m must be 0 with accumulate {self.accumulate}, got {self.m}; choose one of them")
+        if self.perturb == "local" and self.optimizer != "sam":
+            raise ValueError(f"perturb must be global for {self.optimizer}, got local; use optimizer sam")
+        if self.sync_batch_norm and not self.device.startswith("cuda"):
+            raise ValueError(f"sync_batch_norm must go with CUDA devices, got {self.device}")
         if self.precision == "float16" and not self.device.startswith("cuda"):
             raise ValueError(f"precision float16 must go with a CUDA device, got {self.device}; use bfloat16")
         if self.base != "sgd" and self.momentum:
@@ -165,7 +173,7 @@ class Config:
         if optimizer not in ("sam", "friendly"):
             values["every"] = 1
         if optimizer != "sam":
-            values["m"] = 0
+            values |= {"m": 0, "perturb": "global"}
         if base != "sgd":
             values["momentum"] = 0.0
         if {**values, **chosen}["schedule"] != "step":

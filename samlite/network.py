@@ -7,6 +7,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from samlite import ranks
 from samlite.config import Config
 from samlite.linear import Linearized
 from samlite.sparsity import choose, mask
@@ -36,9 +37,9 @@ def dense(task: Task, config: Config, data: Splits) -> nn.Module:
 
 @contextmanager
 def random_state(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
-    """Dropout and the like draw from a state that the seed and the epoch decide, so a resumed run needs no other."""
+    """Dropout and the like draw from a state that seed, epoch and rank decide, so a resumed run needs no other."""
     with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
-        torch.manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        torch.manual_seed((seed * 1_000_003 + epoch + ranks.rank() * 2**40) % 2**63)
         yield
 
 

@@ -1,11 +1,14 @@
 """The optimizer of a run, and the closures that its steps take."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from samlite import ranks
 from samlite.config import Config
 from samlite.losses import denominator, rows, samples
 from samlite.sam import SAM, Closure
@@ -17,18 +20,28 @@ _BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim
 _FAMILY = {"sam": SAM, "friendly": FriendlySAM, "agnostic": AgnosticSAM, "sampa": SAMPa}
 
 
-def optimizer_of(model: nn.Module, config: Config, scaler: torch.amp.GradScaler | None) -> SAM:
+def parallel(model: nn.Module, config: Config) -> nn.Module:
+    """The model for the forward pass in training: gradients are averaged over the processes, if there are several."""
+    if ranks.world() == 1:
+        return model
+    if config.sync_batch_norm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return DistributedDataParallel(model)
+
+
+def optimizer_of(
+    model: nn.Module, config: Config, scaler: torch.amp.GradScaler | None, forward: nn.Module | None = None
+) -> SAM:
     """Of the SAM family; one of the base optimizers is SAM with rho = 0, which is that optimizer bit for bit."""
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.base == "sgd":
         options["momentum"] = config.momentum
     if config.m:
         options["m"] = 1  # closures; `Closures` makes one for each m samples
-    kind = _FAMILY.get(config.optimizer, SAM)
-    max_norm = config.clip or None
-    return kind(
-        model.parameters(), _BASES[config.base], config.rho, model=model, max_norm=max_norm, scaler=scaler, **options
-    )
+    if config.perturb == "local" and isinstance(forward, DistributedDataParallel):
+        options["no_sync"] = forward.no_sync
+    options |= {"model": model, "max_norm": config.clip or None, "scaler": scaler}
+    return _FAMILY.get(config.optimizer, SAM)(model.parameters(), _BASES[config.base], config.rho, **options)
 
 
 def scaler_of(config: Config) -> torch.amp.GradScaler | None:
@@ -66,20 +79,28 @@ class Closures:
             yield [self.of(batch), *second]
 
     def of(self, batch: Batch) -> list[Closure]:
-        """A closure for each micro-batch; the mean of their losses is that of the batch."""
+        """A closure for each micro-batch of this process; over all processes their mean loss is the batch's."""
         parts = self._parts(batch)
-        whole = denominator(self.task.loss, batch[1]) if len(parts) > 1 else 1
-        return [self._closure(part, len(parts), whole, first=i == 0) for i, part in enumerate(parts)]
+        count = len(parts) * ranks.world()
+        whole = denominator(self.task.loss, batch[1]) if count > 1 else 1
+        last = len(parts) - 1
+        return [self._closure(part, count, whole, i == 0, i == last) for i, part in enumerate(parts)]
 
-    def _closure(self, batch: Batch, parts: int, whole: Any, first: bool) -> Closure:
+    def _closure(self, batch: Batch, parts: int, whole: Any, first: bool, last: bool) -> Closure:
+        """Of one of so many parts of a batch with this denominator."""
         inputs, targets = batch
+        waits = not last and not self.config.m  # for the others of the batch: gradients are averaged once
 
         def closure() -> Tensor:
             self.gradients += first
-            with torch.autocast(self._type, self._dtype, enabled=self.config.precision != "float32"):
+            with (
+                self.model.no_sync() if waits and isinstance(self.model, DistributedDataParallel) else nullcontext(),
+                torch.autocast(self._type, self._dtype, enabled=self.config.precision != "float32"),
+            ):
                 loss: Tensor = self.task.loss(self.model(inputs), targets)
             if parts > 1:  # the optimizer takes the plain mean, and a part may have fewer samples, or labels
-                loss = loss.nan_to_num() * (denominator(self.task.loss, targets) * parts / whole)
+                share = torch.as_tensor(denominator(self.task.loss, targets), dtype=loss.dtype, device=loss.device)
+                loss = loss.nan_to_num() * (share * parts / whole)
             scaler = self.optimizer.scaler
             (scaler.scale(loss) if scaler else loss).backward()  # type: ignore[no-untyped-call]
             return loss
@@ -87,11 +108,13 @@ class Closures:
         return closure
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        if not self.config.m and self.config.accumulate == 1:
+        """The micro-batches of this process: as many on every process, the last ones perhaps empty."""
+        if not self.config.m and self.config.accumulate == ranks.world() == 1:
             return [batch]
-        count = samples(batch)
-        size = self.config.m or -(-count // self.config.accumulate)
-        return [rows(batch, slice(start, start + size)) for start in range(0, count, size)]
+        share = -(-samples(batch) // ranks.world())
+        batch = rows(batch, slice(ranks.rank() * share, (ranks.rank() + 1) * share))
+        size = self.config.m or -(-share // self.config.accumulate)
+        return [rows(batch, slice(start, start + size)) for start in range(0, share, size)]
 
     def _with_the_next(self, batches: Iterable[Batch]) -> Iterator[list[Any]]:
         last = None

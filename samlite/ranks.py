@@ -6,17 +6,19 @@ environment.
 
 import gc
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from samlite.losses import is_pair
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -69,6 +71,31 @@ def world() -> int:
 def rank() -> int:
     """The number of this one, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def shared(compute: Callable[[], T]) -> T:
+    """What the first process computes, on every process. Plain values only."""
+    if world() == 1:
+        return compute()
+    box: list[Any] = [compute() if rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    result: T = box[0]
+    return result
+
+
+def together() -> None:
+    """Wait for the other processes."""
+    if world() > 1:
+        dist.barrier()
+
+
+def all_true(here: bool) -> bool:
+    """Whether it is true on every process."""
+    if world() == 1:
+        return here
+    seen: list[Any] = [None] * world()
+    dist.all_gather_object(seen, here)
+    return all(seen)
 
 
 def own_part(data: Any) -> Any:

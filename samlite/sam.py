@@ -16,6 +16,7 @@ Limits: gradients must be dense, and a half-precision weight loses a perturbatio
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ class SAM(Optimizer):
     list have a perturbation of their own (m-SAM, as Foret et al. train on several accelerators); else all share one.
     `max_norm` clips the gradient that the base optimizer steps with, not the one that perturbs. With a `scaler`
     closures run ``scaler.scale(loss).backward()`` and return the loss; the scaler steps, skips and updates in `step`.
+    With DistributedDataParallel every process perturbs by the mean gradient of all, or with ``no_sync=ddp.no_sync`` by
+    its own, and then the result depends on how many there are.
     """
 
     skipped = 0
@@ -79,6 +82,7 @@ class SAM(Optimizer):
         m: int | None = None,
         max_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
         **base_kwargs: Any,
     ) -> None:
         if not (m is None or (isinstance(m, int) and m >= 1)):
@@ -100,7 +104,7 @@ class SAM(Optimizer):
             raise ValueError(f"base_optimizer must not have a {clash[0]}, got {name}; use SGD or Adam")
         super().__init__(base.param_groups, {**base.defaults, **own})
         self.base_optimizer = base
-        self.model, self.m, self.max_norm, self.scaler = model, m, max_norm, scaler
+        self.model, self.m, self.max_norm, self.scaler, self.no_sync = model, m, max_norm, scaler, no_sync
         self.param_groups, self.state = base.param_groups, base.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -195,7 +199,8 @@ class SAM(Optimizer):
     def _perturbed_gradient(self, closures: Sequence[Closure]) -> Tensor:
         """Both passes over one batch: leave the gradient at w + epsilon in `.grad`, and return the loss at w."""
         random_state = self._random_state()
-        loss = self._run(closures)
+        with self.no_sync() if self.no_sync else nullcontext():
+            loss = self._run(closures)
         buffers = self._buffers()
         try:
             self._ascend()

@@ -9,7 +9,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import samlite
-from samlite import network, tasks
+from samlite import network, ranks, tasks
 from samlite.checkpoints import (
     load_checkpoint,
     locked,
@@ -32,11 +32,11 @@ from samlite.config import Config, usable_device
 from samlite.hessian import Hessian
 from samlite.measure import SAMPLES
 from samlite.models import parameter_count
-from samlite.optimizers import Closures, optimizer_of, scaler_of
+from samlite.optimizers import Closures, optimizer_of, parallel, scaler_of
 from samlite.runs import LABELS, Run, check_folder, load_data, load_run, save_labels
 from samlite.sparsity import masks_in
 from samlite.tasks import Splits, Task
-from samlite.tasks.task import Batch, hold_out
+from samlite.tasks.task import Batch, Scores, hold_out
 from samlite.tracking import Tracker
 
 __all__ = ["Config", "EpochRecord", "Run", "TrackedRecord", "TrainingError", "load_run", "train"]
@@ -79,6 +79,8 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
     Training itself is the same to the last bit. `Tracker` says what is in memory; the checkpoint grows by track + 1
     vectors of the number of parameters.
 
+    Under a launcher every process computes its part of each batch, and the first one evaluates and writes.
+
     Raises:
         ValueError: `out` holds another run or something else, or with resume=False anything at all.
         TrainingError: the loss is no longer finite. The last checkpoint before that is kept.
@@ -86,9 +88,10 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
     """
     out = Path(out)
     check_folder(out, config, resume)  # before anything is written there
-    with locked(out), _threads(config.threads):
+    first = ranks.rank() == 0
+    with locked(out) if first else nullcontext(), _threads(config.threads):
         check_folder(out, config, resume)  # again: another process may have come first
-        if (out / "result.json").exists():
+        if ranks.shared((out / "result.json").exists):
             return
 
         task, device = tasks.get(config.task), usable_device(config.device)
@@ -96,18 +99,21 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
         path = out / "checkpoint.pt"
         state = load_checkpoint(path) if path.exists() else {}
         model = network.initial(task, config, data, masks_in(state["model"]) if "model" in state else None)
+        forward = parallel(model, config)
         scaler = scaler_of(config)
-        optimizer = optimizer_of(model, config, scaler)
+        optimizer = optimizer_of(model, config, scaler, forward)
         order = torch.Generator().manual_seed(config.seed)
         tracker = _tracker(model, task, data.train, config) if config.track else None
         records: list[EpochRecord] = []
         best: dict[str, Any] = {}
         if state:
             records, best = _restore(state, path, model, optimizer, scaler, order, tracker)
+        ranks.together()  # nobody reads what the first process is about to write
+        if first and state:
             write_lines(out / "metrics.jsonl", map(asdict, records))
-        elif not (out / "config.json").exists():
+        elif first and not (out / "config.json").exists():
             write_json(out / "config.json", {**config.to_json(), **_environment()})
-        if config.label_noise and not (out / LABELS).exists():
+        if first and config.label_noise and not (out / LABELS).exists():
             save_labels(data, out)
 
         steps = records[-1].steps if records else 0
@@ -116,7 +122,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
             trained, rest = hold_out(data.train)
             held_out = _held_out(rest, config.batch_size, order)
         gradients = records[-1].gradient_evaluations if records else 0
-        closures = Closures(model, task, config, optimizer, held_out, gradients)
+        closures = Closures(forward, task, config, optimizer, held_out, gradients)
         seconds_before = records[-1].seconds if records else 0.0
         started = saved = time.perf_counter()
         for epoch in range(len(records) + 1, config.epochs + 1):
@@ -135,12 +141,13 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
                     losses.append(optimizer.step(*step).detach())
 
             steps += len(losses)
-            train, validation = task.evaluate(model, data.train), task.evaluate(model, data.validation)
-            if not all(map(math.isfinite, [*torch.stack(losses).tolist(), train.loss, validation.loss])):
+            train, validation = (_evaluated(task, model, part) for part in (data.train, data.validation))
+            finite = all(map(math.isfinite, [*torch.stack(losses).tolist(), train.loss, validation.loss]))
+            if not ranks.all_true(finite):
                 raise TrainingError(
                     f"the loss is no longer finite in epoch {epoch} at lr {lr:g}; try a smaller lr, in another folder"
                 )
-            tracked = tracker.measure() if tracker else None
+            tracked = ranks.shared(tracker.measure) if tracker else None
             record = EpochRecord(
                 epoch,
                 train.loss,
@@ -154,11 +161,12 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
             )
             records.append(TrackedRecord(**vars(record), **tracked) if tracked else record)
             if max(records, key=lambda r: task.rank(r.validation_metric, r.validation_loss)) is records[-1]:
-                test = task.evaluate(model, data.test)
+                test = _evaluated(task, model, data.test)
                 best = {"epoch": epoch, "validation_metric": validation.metric, "test_metric": test.metric}
                 if config.patience:
                     best["model"] = deepcopy(model.state_dict())  # to return to
-            if epoch == config.epochs or _stalled(best, epoch + 1, config) or time.perf_counter() - saved > SAVE_EVERY:
+            ends = epoch == config.epochs or _stalled(best, epoch + 1, config)
+            if first and (ends or time.perf_counter() - saved > SAVE_EVERY):
                 state = {
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
@@ -173,6 +181,8 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
                 saved = time.perf_counter()
             yield records[-1]
 
+        if not first:
+            return
         end = records[-1]
         if config.patience:
             model.load_state_dict(best.pop("model"))
@@ -207,6 +217,11 @@ def _tracker(model: nn.Module, task: Task, data: Any, config: Config) -> Tracker
         raise ValueError(f"track must be <= the number of parameters, {parameters}, got {config.track}")
     samples, _ = task.measured(model, data, SAMPLES, config.seed)
     return Tracker(Hessian(model, task.loss, samples), config.track)
+
+
+def _evaluated(task: Task, model: nn.Module, data: Any) -> Scores:
+    """By the first process, for all."""
+    return ranks.shared(lambda: task.evaluate(model, data))
 
 
 def _stalled(best: dict[str, Any], epoch: int, config: Config) -> bool:
@@ -250,6 +265,7 @@ def _threads(number: int) -> Iterator[None]:
 def _environment() -> dict[str, Any]:
     return {
         "machine": platform.machine(),
+        "processes": ranks.world(),
         "versions": {
             "samlite": samlite.__version__,
             "torch": torch.__version__,

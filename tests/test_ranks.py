@@ -1,7 +1,13 @@
 """Two processes that share a data set measure what one does with all of it."""
 
+import json
 import os
+import signal
 import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import process
 from torch import nn
 
-from samlite import Hessian
+from samlite import Hessian, tasks
+from samlite.config import Config
+from samlite.optimizers import Closures, optimizer_of, parallel
 
 pytest.importorskip("samlite._C")
 
@@ -66,6 +75,24 @@ def shard(rank: int, unit: str) -> Any:
     return list(zip(inputs[mine].split(4), targets[mine].split(4), strict=True))
 
 
+def train(perturb: str, m: int = 0, accumulate: int = 1) -> torch.Tensor:
+    """The weights after some steps of SAM in float64."""
+    config = Config.of(
+        "digits", width=12, optimizer="sam", perturb=perturb, m=m, accumulate=accumulate, batch_size=36, device="cpu"
+    )
+    task = replace(tasks.get("digits"), loss=nn.CrossEntropyLoss(ignore_index=3))  # parts of unequal denominators
+    data = task.load(None, 0).train
+    data = replace(data, inputs=data.inputs.double())
+    torch.manual_seed(0)
+    model = task.model(12).double()
+    forward = parallel(model, config)
+    optimizer = optimizer_of(model, config, None, forward)
+    order = torch.Generator().manual_seed(0)
+    for step in Closures(forward, task, config, optimizer, None).steps(data.batches(36, order)):
+        optimizer.step(*step)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 def work(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -78,6 +105,12 @@ def work(rank: int, port: int, folder: str) -> None:
         for unit in ("pair", "batch")
     }
     found["pair"]["max_lr"] = max_lr(shard(rank, "pair"), dist.group.WORLD)
+    found["training"] = {
+        "global": train("global"),
+        "accumulated": train("global", accumulate=3),
+        "local": train("local"),
+        "local m": train("local", m=9),
+    }
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -110,6 +143,62 @@ def test_two_ranks_measure_what_one_process_does(found: Any, unit: str) -> None:
 def test_every_rank_has_the_same_bits(found: Any, unit: str) -> None:
     for name, value in found[0][unit].items():
         assert torch.equal(value, found[1][unit][name]), name
+
+
+def test_training_on_two_ranks_is_that_on_one(found: Any) -> None:
+    alone = {
+        "global": train("global"),
+        "accumulated": train("global"),
+        "local": train("global", m=18),  # each rank is a group of m-SAM
+    }
+    for name, weights in alone.items():
+        assert (found[0]["training"][name] - weights).abs().max() < 1e-12, name
+    for name, weights in found[0]["training"].items():
+        assert torch.equal(weights, found[1]["training"][name]), name
+    assert not torch.equal(alone["global"], alone["local"])
+
+
+def torchrun(*arguments: object, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+    command += [*options.pop("launcher", []), "-m", "samlite.cli", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_the_terminal_trains_and_measures_under_torchrun(tmp_path: Path) -> None:
+    options = ["--width", 8, "--epochs", 3, "--optimizer", "sam", "--json"]
+    two = torchrun("train", *options, "--out", "two", folder=tmp_path)
+    assert two.returncode == 0, two.stderr
+    one = process("train", *options, "--out", "one", cwd=tmp_path)
+    ends = [json.loads(ended)["result"]["final"] for ended in (one.out, two.stdout)]  # one document, of the first rank
+    assert ends[1]["test_loss"] == pytest.approx(ends[0]["test_loss"], rel=1e-4)  # float32
+    two = torchrun("sharpness", "two", "--moments", "--json", folder=tmp_path)
+    one = process("sharpness", "two", "--moments", "--json", cwd=tmp_path)
+    found = [json.loads(ended) for ended in (one.out, two.stdout)]
+    assert found[1]["eigenvalues"]["values"] == pytest.approx(found[0]["eigenvalues"]["values"], rel=1e-9)
+    assert found[1]["moments"]["powers"] == pytest.approx(found[0]["moments"]["powers"], rel=1e-9)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all_with_a_message_and_a_restart_goes_on(tmp_path: Path) -> None:
+    def config(out: str) -> list[object]:
+        return ["train", "--width", 8, "--epochs", 300, "--optimizer", "sam", "--out", out]
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "samlite.cli", *map(str, config("run"))]
+    started = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ranks = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    killed = time.monotonic()
+    _, message = started.communicate(timeout=60)
+    assert started.returncode != 0 and time.monotonic() - killed < 30
+    assert "SIGKILL" in message
+    ended = torchrun(*config("run"), folder=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 300
 
 
 def test_a_group_without_torch_distributed_is_refused() -> None:
