@@ -18,7 +18,7 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(words, width, padding_idx=0)
         self.onward = nn.LSTM(width, width, batch_first=True)
-        self.backward_ = nn.LSTM(width, width, batch_first=True)
+        self.against = nn.LSTM(width, width, batch_first=True)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(2 * width, outputs)
         nn.init.normal_(self.embedding.weight, std=SCALE)
@@ -28,7 +28,7 @@ class SequenceClassifier(nn.Module):
     def forward(self, words: Tensor) -> Tensor:
         present = words > 0
         onward, _ = self.onward(self.dropout(self.embedding(words)))
-        back, _ = self.backward_(self.dropout(self.embedding(reversed_within(words, present.sum(1)))))
+        back, _ = self.against(self.dropout(self.embedding(reversed_within(words, present.sum(1)))))
         states = torch.cat([onward, back], -1).masked_fill(~present[..., None], -torch.inf)
         scores: Tensor = self.head(self.dropout(states.amax(1)))
         return scores

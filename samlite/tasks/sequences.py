@@ -60,7 +60,7 @@ def _similar(lengths: Tensor, batch_size: int, generator: torch.Generator) -> li
     sizes = lengths[order[:whole]] * (1 + JITTER * torch.rand(whole, generator=generator))
     batches = order[:whole][sizes.argsort()].view(-1, batch_size)
     shuffled = batches[torch.randperm(len(batches), generator=generator)]
-    return [*shuffled, *order[whole:].split(batch_size)]
+    return [*shuffled, *([order[whole:]] if whole < len(order) else [])]
 
 
 def padded(sequences: Sequence[Tensor], value: int = 0) -> Tensor:
