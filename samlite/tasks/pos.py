@@ -124,7 +124,9 @@ def features(word: str, first: bool) -> tuple[str, str, str, str]:
 
 def vocabulary(sentences: Iterable[Sentence]) -> dict[str, int]:
     """Rows of the table by feature, the most frequent first."""
-    counts = Counter(f for sentence in sentences for i, (word, _) in enumerate(sentence) for f in features(word, i == 0))
+    counts = Counter(
+        f for sentence in sentences for i, (word, _) in enumerate(sentence) for f in features(word, i == 0)
+    )
     common = [feature for feature, count in counts.most_common(FEATURES - KINDS - 1) if count > RARE]
     return {feature: row for row, feature in enumerate(common, KINDS + 1)}
 
