@@ -118,9 +118,10 @@ class Samples:
     # --- The plans, and the proof that they are right
 
     def _checked_plans(self) -> dict[Form, Plan]:
-        """Where samples are in each layer, by the form of the batch: a recurrent network has more layers in longer ones.
+        """Where samples are in each layer, by the form of the batch.
 
-        Each plan is checked on a few samples against plain autograd.
+        A recurrent network has more layers in longer sequences. Each plan is checked on a few samples against plain
+        autograd.
         """
         plans: dict[Form, Plan] = {}
         self._losses.rewind(0)

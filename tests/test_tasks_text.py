@@ -1,4 +1,3 @@
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from samlite import Hessian
 from samlite.config import Config
-from samlite.tasks import Splits, get
+from samlite.tasks import get
 from samlite.tasks.pos import KINDS, TAGS, TokenLoss, encode, features, hide_words, vocabulary
 from samlite.tasks.sequences import Sequences, padded
 from samlite.tasks.sst2 import by_sentence

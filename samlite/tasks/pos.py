@@ -5,16 +5,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from samlite.models import tagger
-from samlite.tasks.sequences import Sequences, padded
+from samlite.tasks.sequences import Sequences, hide, padded
 from samlite.tasks.task import Accuracy, Recipe, Splits, Task, hold_out
 
-TAGS = tuple("ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X".split())
+# fmt: off
+TAGS = (
+    "ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN", "PUNCT", "SCONJ", "SYM",
+    "VERB", "X",
+)
+# fmt: on
 NO_TAG = -100  # behind a sentence's end: not trained on and not counted
 
 KINDS = 4  # features of a word; row 0 of the table is padding, rows 1 ... 4 are the unknown ones of each kind
@@ -46,8 +50,8 @@ def load(source: str | None, seed: int) -> Splits:
         kept, held = hold_out(torch.arange(len(train)))
         train, validation = [train[i] for i in kept], [train[i] for i in held]
     table = vocabulary(train)
-    parts = [encode(sentences, table) for sentences in (train, validation, test)]
-    return Splits(*parts, sizes={"features": KINDS + 1 + len(table)})
+    sizes = {"features": KINDS + 1 + len(table)}
+    return Splits(encode(train, table), encode(validation, table), encode(test, table), sizes)
 
 
 # --- Files
@@ -143,9 +147,7 @@ def encode(sentences: Iterable[Sentence], table: Mapping[str, int]) -> Sequences
 
 def hide_words(inputs: Tensor, generator: torch.Generator) -> Tensor:
     """Some words of a batch (n, T, 4) become the unknown one; their other features stay."""
-    words = inputs[..., 0]
-    hidden = (torch.rand(words.shape, generator=generator) < HIDDEN).to(inputs.device) & (words > 0)
-    return torch.cat([words.where(~hidden, 1)[..., None], inputs[..., 1:]], -1)
+    return torch.cat([hide(inputs[..., :1], HIDDEN, generator), inputs[..., 1:]], -1)
 
 
 class TokenLoss(nn.CrossEntropyLoss):

@@ -41,11 +41,11 @@ class Sequences:
     def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """As of `Data`, each batch cut to its longest sequence; with no generator from the shortest to the longest.
 
-        Shuffled batches hold sequences of similar length, but for the last, where it is smaller: that is drawn from all.
+        Shuffled batches hold sequences of similar length, except a last one that is smaller: it is drawn from all.
         """
         lengths = self.lengths.cpu()
         if generator is None:
-            batches = list(lengths.sort(stable=True).indices.split(batch_size))
+            batches = list(torch.split(lengths.sort(stable=True).indices, batch_size))
         else:
             batches = _similar(lengths, batch_size, generator)
         for rows in batches:
@@ -66,3 +66,9 @@ def _similar(lengths: Tensor, batch_size: int, generator: torch.Generator) -> li
 def padded(sequences: Sequence[Tensor], value: int = 0) -> Tensor:
     """Sequences (length, ...) as one tensor (n, T, ...), the value behind their ends."""
     return torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=value)
+
+
+def hide(words: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    """A part of the words at random becomes word 1, the unknown one; padding stays."""
+    chosen = (torch.rand(words.shape, generator=generator) < rate).to(words.device)
+    return words.where(~chosen | (words == 0), 1)

@@ -7,14 +7,15 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from samlite.models import lstm
 from samlite.tasks.hub import open_splits
-from samlite.tasks.sequences import Sequences, padded
+from samlite.tasks.sequences import Sequences, hide, padded
 from samlite.tasks.task import Accuracy, Recipe, Splits, Task
 
 WORDS = 15_000  # rows of the table at most: padding, the unknown word and the most frequent ones; the data have 14,816
+HIDDEN = 0.1  # of a training batch's words are unknown, as 7 % of those of the test data are
 HELD_OUT = 0.1  # of the training sentences, with their phrases
 
 Phrases = list[tuple[list[str], int]]  # words, each list with its label
@@ -32,7 +33,8 @@ def load(source: str | None, seed: int) -> Splits:
     train, validation = by_sentence(_phrases(train_rows, f"{source}, split 'train'"))
     test = _phrases(test_rows, f"{source}, split 'validation'")
     table = vocabulary([words for words, _ in train])
-    return Splits(*(encode(part, table) for part in (train, validation, test)), sizes={"words": 2 + len(table)})
+    sizes = {"words": 2 + len(table)}
+    return Splits(encode(train, table), encode(validation, table), encode(test, table), sizes)
 
 
 def _phrases(table: Any, place: str) -> Phrases:
@@ -79,6 +81,11 @@ def encode(phrases: Phrases, table: Mapping[str, int]) -> Sequences:
     return Sequences(padded(rows), torch.tensor([label for _, label in phrases]))
 
 
+def hide_words(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Some words of a batch (n, T) become the unknown one, which no training phrase has."""
+    return hide(inputs, HIDDEN, generator)
+
+
 TASK = Task(
     name="sst2",
     summary="the sentiment of sentences from film reviews",
@@ -100,5 +107,6 @@ TASK = Task(
     width=64,
     widths=(32, 64, 128, 256, 600),
     source="stanfordnlp/sst2",
+    augment=hide_words,
     chunk=512,
 )
