@@ -77,7 +77,8 @@ def vocabulary(phrases: Sequence[Sequence[str]]) -> dict[str, int]:
 
 def encode(phrases: Phrases, table: Mapping[str, int]) -> Sequences:
     """Phrases as numbers of words."""
-    rows = [torch.tensor([table.get(word, 1) for word in words]) for words, _ in phrases]
+    numbers = torch.tensor([table.get(word, 1) for words, _ in phrases for word in words])
+    rows = torch.split(numbers, [len(words) for words, _ in phrases])
     return Sequences(padded(rows), torch.tensor([label for _, label in phrases]))
 
 
@@ -89,7 +90,7 @@ def hide_words(inputs: Tensor, generator: torch.Generator) -> Tensor:
 TASK = Task(
     name="sst2",
     summary="the sentiment of sentences from film reviews",
-    network="bidirectional LSTM of w over word embeddings of w",
+    network="bidirectional LSTM [w]",
     data="SST-2 from the hub or a folder of parquet files: 67,349 phrases for training and validation, 872 test",
     model=partial(lstm, words=WORDS, outputs=2),
     load=load,
