@@ -480,6 +480,17 @@ class Plan:
             )
         return (dim, 1, samples, others) if kind == "inner" else (dim, others, samples, 1)
 
+    def suits(self, seen: Capture) -> bool:
+        """Whether this is a plan of another pass, by its sites and their shapes."""
+        if len(seen.probes) != len(self.places) or seen.lookups != self.lookups:
+            return False
+        try:
+            for i, probe in enumerate(seen.probes):
+                self.layout(i, probe.value, seen.samples)
+        except UncoveredError:
+            return False
+        return True
+
 
 def find_plan(base: Capture, changed: list[Capture]) -> Plan:
     """Where the samples are at each site.

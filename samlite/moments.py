@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from samlite.hessian import Hessian
 
 Unit = Literal["sample", "batch"]
+Form = tuple[tuple[int, ...], ...]  # of a batch: the shapes of its tensors without the samples
 
 _PROBE_ROWS = (3, 5, 7, 2)  # samples that are looked at to find where samples are
 _AGREEMENT = {torch.float32: 5e-2, torch.float64: 1e-9}  # of a chain and plain autograd on them, relative
@@ -97,10 +98,10 @@ class Samples:
         self._c, self._losses, self._unit = module, losses, unit
         self._curves = Curves(module, losses, kind)
         self.fallback: str | None = None
-        self._plan: Plan | None = None
+        self._plans: dict[Form, Plan] = {}
         if unit == "sample":
             try:
-                self._plan = self._checked_plan()
+                self._plans = self._checked_plans()
             except UncoveredError as reason:
                 self.fallback = str(reason)
                 warnings.warn(
@@ -110,41 +111,41 @@ class Samples:
         self.operator = module.Moments(
             losses.parameters, losses.rewind, self._next, batches=unit == "batch", memory=memory, sum=sum
         )
-        if self._plan is not None and is_pair(losses.data):
+        if self._plans and is_pair(losses.data):
             losses.fit(self.operator.measure, memory)
         else:  # also forgets the probes
-            losses.cut(losses.chunk, single=unit == "sample" and self._plan is None)
+            losses.cut(losses.chunk, single=unit == "sample" and not self._plans)
 
     def _next(self) -> tuple[Any, Tensor, float] | None:
         batch = self._losses.next_batch()
         if batch is None:
             return None
-        if self._plan is None:
+        if not self._plans:
             return _whole(self._c, self._curves, batch, self._unit == "batch")
-        return _chain(self._c, self._curves, batch, self._plan)
+        return _chain(self._c, self._curves, batch, self._plans[_form(batch)])
 
-    # --- The plan, and the proof that it is right
+    # --- The plans, and the proof that they are right
 
-    def _checked_plan(self) -> Plan:
-        """Where samples are in each layer, checked on a few of them against plain autograd."""
+    def _checked_plans(self) -> dict[Form, Plan]:
+        """Where samples are in each layer, by the form of the batch.
+
+        A recurrent network has more layers in longer sequences. Each plan is checked on a few samples against plain
+        autograd.
+        """
+        plans: dict[Form, Plan] = {}
         self._losses.rewind(0)
-        batch = self._losses.next_batch()
-        rule = (
-            "moments need batches with one row a sample in every tensor; give one sample a batch and use unit='batch'"
-        )
-        if _holds_packed(batch):
-            raise ValueError(f"{rule} (got a PackedSequence)")
-        try:
-            count = samples(batch)
-        except ValueError as error:
-            raise ValueError(f"{rule} ({error})") from error
-        dims = {size for t in tensors(batch) for size in t.shape[1:]}
-        few = next((r for r in _PROBE_ROWS if r <= count and all(size % r for size in dims if size > 1)), min(count, 3))
-        batch = rows(batch, slice(0, few))
-        base = self._seen(batch)
-        plan = find_plan(base, [self._seen(_changed(batch, j)) for j in range(few)])
-        self._check(batch, plan)
-        return plan
+        while (batch := self._losses.next_batch()) is not None:
+            form = _form(batch)
+            if form in plans:
+                continue
+            few = _few(batch)
+            base = self._seen(few)
+            plan = next((plan for plan in plans.values() if plan.suits(base)), None)
+            if plan is None:
+                plan = find_plan(base, [self._seen(_changed(few, j)) for j in range(base.samples)])
+                self._check(few, plan)
+            plans[form] = plan
+        return plans
 
     def _seen(self, batch: Any) -> Capture:
         capture = Capture(self._losses.parameters, samples(batch))
@@ -186,6 +187,24 @@ def _agree(c: ModuleType, curves: Curves, batch: Any, plan: Plan) -> bool:
         curves.losses.forget()
         plain += _whole(c, curves, rows(batch, slice(i, i + 1)), False)[0](v, 2)
     return bool(((chain - plain).norm(dim=1) <= _AGREEMENT[like.dtype] * plain.norm(dim=1) + 1e-30).all())
+
+
+def _form(batch: Any) -> Form:
+    return tuple(tuple(tensor.shape[1:]) for tensor in tensors(batch))
+
+
+def _few(batch: Any) -> Any:
+    """A few samples of a batch, so many that no other dimension could be taken for them."""
+    rule = "moments need batches with one row a sample in every tensor; give one sample a batch and use unit='batch'"
+    if _holds_packed(batch):
+        raise ValueError(f"{rule} (got a PackedSequence)")
+    try:
+        count = samples(batch)
+    except ValueError as error:
+        raise ValueError(f"{rule} ({error})") from error
+    dims = {size for t in tensors(batch) for size in t.shape[1:]}
+    few = next((r for r in _PROBE_ROWS if r <= count and all(size % r for size in dims if size > 1)), min(count, 3))
+    return rows(batch, slice(0, few))
 
 
 def _holds_packed(batch: Any) -> bool:

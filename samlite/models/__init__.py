@@ -2,9 +2,11 @@
 
 from torch import nn
 
+from samlite.models.lstm import lstm
 from samlite.models.mlp import mlp, tapered_mlp
+from samlite.models.tagger import tagger
 
-__all__ = ["mlp", "parameter_count", "tapered_mlp"]
+__all__ = ["lstm", "mlp", "parameter_count", "tagger", "tapered_mlp"]
 
 
 def parameter_count(model: nn.Module) -> int:
