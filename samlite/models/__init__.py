@@ -2,9 +2,10 @@
 
 from torch import nn
 
+from samlite.models.gcn import graph_network
 from samlite.models.mlp import mlp, tapered_mlp
 
-__all__ = ["mlp", "parameter_count", "tapered_mlp"]
+__all__ = ["graph_network", "mlp", "parameter_count", "tapered_mlp"]
 
 
 def parameter_count(model: nn.Module) -> int:
