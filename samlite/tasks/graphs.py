@@ -153,10 +153,6 @@ class GraphData:
     def to(self, device: torch.device | str) -> GraphData:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
 
-    def by_size(self) -> GraphData:
-        """The same graphs, small ones first, so that batches in this order need little padding."""
-        return self[self.sizes.argsort(stable=True)]
-
     def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Any, Tensor]]:
         """As of `samlite.tasks.task.Data`; shuffled batches hold graphs of similar size."""
         if generator is None:

