@@ -318,6 +318,7 @@ def changed(row: int, *values: str) -> list[Row]:
     [
         (changed(7, "C1CC", "0", "1"), ("smiles", "a", "b"), "file.csv.gz, row 7: not a valid SMILES: 'C1CC'"),
         (changed(7, "", "0", "1"), ("smiles", "a", "b"), "row 7: not a valid SMILES: ''"),
+        (changed(7, "C" * 1001, "0", "1"), ("smiles", "a", "b"), "row 7: .* at most 1000 atoms, got 1001"),
         (changed(9, "C", "0", "2"), ("smiles", "a", "b"), "row 9, column 'b': a label must be 0, 1 or empty, got '2'"),
         (changed(9, "C", "0.5", "1"), ("smiles", "a", "b"), "row 9, column 'a': .* got '0.5'"),
         (changed(3, "C", "0"), ("smiles", "a", "b"), "row 3: must have 3 values, got 2"),

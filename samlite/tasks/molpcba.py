@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samlite.models import graph_network
-from samlite.tasks.graphs import Graph, GraphData, canonical, graph, molecule, scaffold, scaffold_split, silent
+from samlite.tasks.graphs import LARGEST, Graph, GraphData, canonical, graph, molecule, scaffold, scaffold_split, silent
 from samlite.tasks.ranking import Ranking
 from samlite.tasks.task import Recipe, Splits, Task
 
@@ -146,6 +146,10 @@ class _Table:
             found = molecule(row[smiles])
             if found is None:
                 raise ValueError(f"{self.path}, row {number}: not a valid SMILES: {row[smiles]!r}")
+            if found.GetNumAtoms() > LARGEST:
+                raise ValueError(
+                    f"{self.path}, row {number}: a molecule must have at most {LARGEST} atoms, got {found.GetNumAtoms()}"
+                )
             try:
                 self._labels.extend([LABELS[row[i]] for i in self._columns])
             except KeyError as error:
