@@ -7,7 +7,6 @@ import gzip
 import zlib
 from array import array
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -127,43 +126,48 @@ class _Table:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._rows = _rows(path)
+        self._header = next(self._rows)
+        if "smiles" not in self._header:
+            raise ValueError(f"{path}: no column 'smiles', only {', '.join(map(repr, self._header[:8]))}")
+        self._smiles = self._header.index("smiles")
+        self._columns = [
+            i for i, name in enumerate(self._header) if i != self._smiles and name.lower() not in IDENTIFIERS
+        ]
+        if not self._columns:
+            raise ValueError(f"{path}: no column of labels beside {', '.join(map(repr, self._header))}")
         self._labels = array("f")
 
     def molecules(self) -> Iterator[Any]:
         """The molecule of each row."""
-        rows = _rows(self.path)
-        header = next(rows)
-        if "smiles" not in header:
-            raise ValueError(f"{self.path}: no column 'smiles', only {', '.join(map(repr, islice(header, 8)))}")
-        smiles = header.index("smiles")
-        self._columns = [i for i, name in enumerate(header) if i != smiles and name.lower() not in IDENTIFIERS]
-        if not self._columns:
-            raise ValueError(f"{self.path}: no column of labels beside {', '.join(map(repr, header))}")
-        number = 0
-        for number, row in enumerate(rows, 1):
-            if len(row) != len(header):
-                raise ValueError(f"{self.path}, row {number}: must have {len(header)} values, got {len(row)}")
-            found = molecule(row[smiles])
-            if found is None:
-                raise ValueError(f"{self.path}, row {number}: not a valid SMILES: {row[smiles]!r}")
-            if found.GetNumAtoms() > LARGEST:
-                raise ValueError(
-                    f"{self.path}, row {number}: a molecule must have at most {LARGEST} atoms, got {found.GetNumAtoms()}"
-                )
-            try:
-                self._labels.extend([LABELS[row[i]] for i in self._columns])
-            except KeyError as error:
-                column = next(header[i] for i in self._columns if row[i] not in LABELS)
-                raise ValueError(
-                    f"{self.path}, row {number}, column {column!r}: a label must be 0, 1 or empty, got {error}"
-                ) from None
-            yield found
-        if not number:
+        for number, row in enumerate(self._rows, 1):
+            place = f"{self.path}, row {number}"
+            if len(row) != len(self._header):
+                raise ValueError(f"{place}: must have {len(self._header)} values, got {len(row)}")
+            self._labels.extend(self._known(row, place))
+            yield _molecule(row[self._smiles], place)
+        if not self._labels:
             raise ValueError(f"{self.path}: no rows")
+
+    def _known(self, row: list[str], place: str) -> list[float]:
+        try:
+            return [LABELS[row[i]] for i in self._columns]
+        except KeyError as error:
+            column = next(self._header[i] for i in self._columns if row[i] not in LABELS)
+            raise ValueError(f"{place}, column {column!r}: a label must be 0, 1 or empty, got {error}") from None
 
     def targets(self) -> Tensor:
         """(rows, labels)."""
         return torch.frombuffer(self._labels, dtype=torch.float32).view(-1, len(self._columns))
+
+
+def _molecule(smiles: str, place: str) -> Any:
+    found = molecule(smiles)
+    if found is None:
+        raise ValueError(f"{place}: not a valid SMILES: {smiles!r}")
+    if found.GetNumAtoms() > LARGEST:
+        raise ValueError(f"{place}: a molecule must have at most {LARGEST} atoms, got {found.GetNumAtoms()}")
+    return found
 
 
 def _rows(path: Path) -> Iterator[list[str]]:
