@@ -1,5 +1,6 @@
 import gzip
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -367,6 +368,12 @@ def test_a_missing_source_says_where_to_get_it(tmp_path: Path) -> None:
         get("molpcba").load("ogbg-molpcba", 0)
     with pytest.raises(ValueError, match="mapping/mol.csv.gz does not exist"):
         load(tmp_path)
+
+
+def test_a_missing_rdkit_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rdkit", None)
+    with pytest.raises(ImportError, match=r"task molpcba needs rdkit: pip install 'samlite\[graphs\]'"):
+        get("molpcba").load("ogbg-molpcba", 0)
 
 
 # Runs
