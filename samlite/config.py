@@ -189,8 +189,10 @@ class Config:
             values["milestones"] = tuple(values["milestones"])
         if values["lr"] is None:
             raise ValueError(f"lr must be given for {base}: the recipe of task {task} has none")
-        if isinstance(values["data"], (str, Path)) and Path(values["data"]).is_dir():
-            values["data"] = str(Path(values["data"]).resolve())  # found again from anywhere
+        if isinstance(values["data"], (str, Path)):
+            path = Path(values["data"])
+            if path.is_dir() or (path.suffix and path.is_file()):  # a file named like a hub id hides no data set
+                values["data"] = str(path.resolve())  # found again from anywhere
         return cls(task=task, **values)
 
     @classmethod

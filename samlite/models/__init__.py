@@ -2,11 +2,27 @@
 
 from torch import nn
 
+from samlite.models.actor_critic import atari_cnn, mlp_actor_critic
+from samlite.models.gcn import graph_network
 from samlite.models.lstm import lstm
 from samlite.models.mlp import mlp, tapered_mlp
+from samlite.models.resnet import resnet18, resnet50
 from samlite.models.tagger import tagger
+from samlite.models.vit import vit
 
-__all__ = ["lstm", "mlp", "parameter_count", "tagger", "tapered_mlp"]
+__all__ = [
+    "atari_cnn",
+    "graph_network",
+    "lstm",
+    "mlp",
+    "mlp_actor_critic",
+    "parameter_count",
+    "resnet18",
+    "resnet50",
+    "tagger",
+    "tapered_mlp",
+    "vit",
+]
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -2,12 +2,18 @@
 
 from difflib import get_close_matches
 
-from samlite.tasks import digits, mnist, pos, sst2, synthetic
+from samlite.tasks import cifar10, digits, games, imagenet, mnist, molpcba, pos, sst2, synthetic, vit
 from samlite.tasks.task import Recipe, Splits, Task, TensorData
 
 __all__ = ["TASKS", "Recipe", "Splits", "Task", "TensorData", "get"]
 
-TASKS = {task.name: task for task in (digits.TASK, synthetic.TASK, mnist.TASK, pos.TASK, sst2.TASK)}
+TASKS = {
+    task.name: task
+    for task in (
+        *(digits.TASK, synthetic.TASK, mnist.TASK, cifar10.TASK, imagenet.TASK, vit.TASK),
+        *(pos.TASK, sst2.TASK, molpcba.TASK, games.CARTPOLE, games.ATARI),
+    )
+}
 
 
 def get(name: str) -> Task:
