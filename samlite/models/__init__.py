@@ -3,8 +3,9 @@
 from torch import nn
 
 from samlite.models.mlp import mlp, tapered_mlp
+from samlite.models.resnet import resnet18, resnet50
 
-__all__ = ["mlp", "parameter_count", "tapered_mlp"]
+__all__ = ["mlp", "parameter_count", "resnet18", "resnet50", "tapered_mlp"]
 
 
 def parameter_count(model: nn.Module) -> int:
