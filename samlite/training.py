@@ -100,7 +100,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
             return
 
         task, device = tasks.get(config.task), usable_device(config.device)
-        data = task.load(config.data, config.seed).to(device)
+        data = task.splits(config).to(device)
         model = initial_model(task, config, data).to(device)
         optimizer = _optimizer(model, config)
         order = torch.Generator().manual_seed(config.seed)
@@ -190,7 +190,7 @@ def load_run(folder: Path | str, device: str | None = None) -> Run:
         raise ValueError(f"{folder} must be the folder of a finished run; it has no result.json")
     config = Config.from_json(read_json(folder / "config.json"), folder / "config.json")
     task, place = tasks.get(config.task), usable_device(device or config.device)
-    data = task.load(config.data, config.seed).to(place)
+    data = task.splits(config).to(place)
     model = initial_model(task, config, data)
     load_model_weights(folder / "model.safetensors", model)
     return Run(folder, config, task, model.to(place).eval(), data)

@@ -2,12 +2,12 @@
 
 from difflib import get_close_matches
 
-from samlite.tasks import cifar10, digits, mnist, synthetic
+from samlite.tasks import cifar10, digits, imagenet, mnist, synthetic, vit
 from samlite.tasks.task import Recipe, Splits, Task, TensorData
 
 __all__ = ["TASKS", "Recipe", "Splits", "Task", "TensorData", "get"]
 
-TASKS = {task.name: task for task in (digits.TASK, synthetic.TASK, mnist.TASK, cifar10.TASK)}
+TASKS = {task.name: task for task in (digits.TASK, synthetic.TASK, mnist.TASK, cifar10.TASK, vit.TASK, imagenet.TASK)}
 
 
 def get(name: str) -> Task:
