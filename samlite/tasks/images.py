@@ -43,7 +43,8 @@ class Table:
         encoded = self.rows[row][self.column]
         try:
             content = encoded["bytes"]
-            return Image.open(encoded["path"] if content is None else BytesIO(content)).convert(mode)
+            stream = BytesIO(Path(encoded["path"]).read_bytes() if content is None else content)
+            return Image.open(stream).convert(mode)
         except Exception as error:  # a missing value, no image, or a broken one
             raise ValueError(f"{self.locate(row)}: not a readable image") from error
 
@@ -130,8 +131,14 @@ def _open(source: str | None, task: str) -> Any:
     try:
         return datasets.load_dataset(source)
     except Exception as error:  # the hub, the file system and the parser each raise their own kinds
-        reason = _broken_file(str(source)) or (str(error) or type(error).__name__).splitlines()[0]
+        reason = _broken_file(str(source)) or _first_line(error)
         raise ValueError(f"cannot load {task.upper()} from {source!r}: {reason}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    while error.__cause__:  # `datasets` wraps what went wrong in less and less
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _broken_file(folder: str) -> str | None:
@@ -139,9 +146,11 @@ def _broken_file(folder: str) -> str | None:
 
     for path in sorted(Path(folder).glob("**/*.parquet")):
         try:
-            parquet.read_metadata(path)
+            rows = parquet.read_metadata(path).num_rows
         except Exception:
             return f"{path.name} is truncated or not a parquet file"
+        if not rows:
+            return f"{path.name} has no rows"
     return None
 
 
