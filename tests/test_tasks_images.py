@@ -393,7 +393,9 @@ def test_eigenvalues_and_moments_of_a_run_are_measured(
     settings = ["--set", "size=16", "--set", "workers=0"] if task == "imagenet" else []
     run = ["--data", source, "--width", width, "--epochs", 1, "--out", tmp_path / "run", *settings]
     assert cli("train", task, *run, "--threads", 1).status == 0
-    result = cli("sharpness", tmp_path / "run", "--samples", 4, "--top", 1, "--moments", "--tol", 0.1)
+    result = cli(
+        "sharpness", tmp_path / "run", "--samples", 2, "--top", 1, "--moments", "--tol", 0.2, "--dtype", "float32"
+    )
     assert result.status == 0 and "s_4" in result.out
 
 
