@@ -102,6 +102,9 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
         forward = parallel(model, config)
         scaler = scaler_of(config)
         optimizer = optimizer_of(model, config, scaler, forward)
+        data = task.splits(config).to(device)
+        model = initial_model(task, config, data).to(device)
+        optimizer = _optimizer(model, config)
         order = torch.Generator().manual_seed(config.seed)
         tracker = _tracker(model, task, data.train, config) if config.track else None
         records: list[EpochRecord] = []
@@ -202,6 +205,17 @@ def learning_rate(config: Config, epoch: int) -> float:
 
 def _held_out(data: Any, batch_size: int, order: torch.Generator) -> Callable[[], Batch]:
     """Gives batches of these samples, drawn with replacement."""
+def load_run(folder: Path | str, device: str | None = None) -> Run:
+    """A finished run with its data. Raises ValueError where the folder holds none."""
+    folder = Path(folder)
+    if not (folder / "result.json").is_file():
+        raise ValueError(f"{folder} must be the folder of a finished run; it has no result.json")
+    config = Config.from_json(read_json(folder / "config.json"), folder / "config.json")
+    task, place = tasks.get(config.task), usable_device(device or config.device)
+    data = task.splits(config).to(place)
+    model = initial_model(task, config, data)
+    load_model_weights(folder / "model.safetensors", model)
+    return Run(folder, config, task, model.to(place).eval(), data)
 
     def draw() -> Batch:
         chosen = torch.randint(len(data), (min(batch_size, len(data)),), generator=order)

@@ -170,6 +170,10 @@ class Task:
         with torch.device("meta"):
             return parameter_count(self.model(width))
 
+    def splits(self, config: Config) -> Splits:
+        """The data of a run, on the CPU; a task with settings may apply them."""
+        return self.load(config.data, config.seed)
+
     def batches(self, model: nn.Module, data: Any, config: Config, order: torch.Generator) -> Iterator[Batch]:
         """An epoch of training batches."""
         for inputs, targets in data.batches(config.batch_size, order):
