@@ -99,7 +99,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
         if (out / "result.json").exists():
             return
 
-        task, device = tasks.get(config.task), usable_device(config.device)
+        task, device = tasks.get(config.task).configured(config), usable_device(config.device)
         data = task.load(config.data, config.seed).to(device)
         model = initial_model(task, config, data).to(device)
         optimizer = _optimizer(model, config)
@@ -189,7 +189,7 @@ def load_run(folder: Path | str, device: str | None = None) -> Run:
     if not (folder / "result.json").is_file():
         raise ValueError(f"{folder} must be the folder of a finished run; it has no result.json")
     config = Config.from_json(read_json(folder / "config.json"), folder / "config.json")
-    task, place = tasks.get(config.task), usable_device(device or config.device)
+    task, place = tasks.get(config.task).configured(config), usable_device(device or config.device)
     data = task.load(config.data, config.seed).to(place)
     model = initial_model(task, config, data)
     load_model_weights(folder / "model.safetensors", model)

@@ -2,9 +2,10 @@
 
 from torch import nn
 
+from samlite.models.actor_critic import atari_cnn, mlp_actor_critic
 from samlite.models.mlp import mlp, tapered_mlp
 
-__all__ = ["mlp", "parameter_count", "tapered_mlp"]
+__all__ = ["atari_cnn", "mlp", "mlp_actor_critic", "parameter_count", "tapered_mlp"]
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -2,12 +2,12 @@
 
 from difflib import get_close_matches
 
-from samlite.tasks import digits, mnist, synthetic
+from samlite.tasks import digits, games, mnist, synthetic
 from samlite.tasks.task import Recipe, Splits, Task, TensorData
 
 __all__ = ["TASKS", "Recipe", "Splits", "Task", "TensorData", "get"]
 
-TASKS = {task.name: task for task in (digits.TASK, synthetic.TASK, mnist.TASK)}
+TASKS = {task.name: task for task in (digits.TASK, synthetic.TASK, mnist.TASK, games.CARTPOLE, games.ATARI)}
 
 
 def get(name: str) -> Task:

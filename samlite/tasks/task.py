@@ -160,6 +160,10 @@ class Task:
         """A key that grows with how good a model is: by its metric, then its loss where metrics tie."""
         return metric if self.higher_is_better else -metric, -loss
 
+    def configured(self, config: Config) -> Task:
+        """The task as the settings of a run have it."""
+        return self
+
     def build(self, width: int, dropout: float | None, sizes: Mapping[str, int]) -> nn.Module:
         """The network, on the CPU."""
         return self.model(width, **sizes) if dropout is None else self.model(width, dropout=dropout, **sizes)
