@@ -353,7 +353,7 @@ CARTPOLE = Game(
 ATARI_SETTINGS = {
     "environments": 8,
     "steps": 128,
-    "iterations": 16,
+    "iterations": 20,
     "passes": 3,
     "gamma": 0.99,
     "lambda": 0.95,
