@@ -141,9 +141,9 @@ class Players:
             actions = torch.multinomial(logs.exp(), 1)
         self.observations, rewards, terminated, truncated, info = self.environments.step(actions[:, 0].cpu().numpy())
         lives = info.get("lives", self.lives)
-        final, over, idle = terminated | (lives < self.lives), terminated | truncated, self.idle
-        self.lives, self.idle = lives, over
-        rewards, final, over, idle = (torch.tensor(each, device=self.device) for each in (rewards, final, over, idle))
+        rows = (rewards, terminated | (lives < self.lives), terminated | truncated, self.idle)
+        self.lives, self.idle = lives, terminated | truncated
+        rewards, final, over, idle = (torch.tensor(row, device=self.device) for row in rows)
         taken = logs.gather(1, actions)[:, 0]
         return Moves(observations, actions[:, 0], taken, outputs[:, -1], rewards.to(logs.dtype), final, over, idle)
 
@@ -156,13 +156,13 @@ class Game(Task):
     error of the values against the returns that followed, as of the rewards that are trained on.
     """
 
-    environments: Callable[[str | None, int], Any] | None = None  # source, how many -> a vector environment
+    environments: Callable[[str | None, int, int], Any] | None = None  # source, how many, most frames -> those
     positions: int = 8192  # at most, that a Hessian is measured on
 
     def configured(self, config: Config) -> Task:
         """As of `Task`. Raises ValueError where a setting is out of range."""
         settings = dict(config.settings)
-        for name in ("environments", "steps", "iterations", "passes"):
+        for name in ("environments", "steps", "iterations", "passes", "frames"):
             if settings[name] < 1 or settings[name] % 1:
                 raise ValueError(f"setting {name} must be an integer >= 1, got {settings[name]:g}")
         for name in ("gamma", "lambda"):
@@ -221,7 +221,7 @@ class Game(Task):
 
     def _make(self, game: str | None, count: int) -> Any:
         assert self.environments is not None
-        return self.environments(game, count)
+        return self.environments(game, count, int(self.recipe.settings["frames"]))
 
     def _players(self, data: Episodes, seed: int) -> Players:
         environments = self._make(data.game, int(self.recipe.settings["environments"]))
@@ -255,14 +255,10 @@ def _objective(settings: Mapping[str, float]) -> ClippedObjective:
     return ClippedObjective(settings["clip"], settings["value"], settings["entropy"])
 
 
-def _missing(task: str, error: ImportError) -> ImportError:
-    return ImportError(f"task {task} needs gymnasium and ale-py: pip install 'samlite[games]' ({error})")
-
-
-def _cartpole(source: str | None, count: int) -> Any:
+def _cartpole(source: str | None, count: int, frames: int) -> Any:
     from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 
-    return CartPoleVectorEnv(count, max_episode_steps=500)
+    return CartPoleVectorEnv(count, max_episode_steps=frames)
 
 
 def load_cartpole(source: str | None, seed: int) -> Splits:
@@ -274,23 +270,20 @@ def load_cartpole(source: str | None, seed: int) -> Splits:
     return _splits(None, 10, actions=2)
 
 
-def _atari(game: str | None, count: int) -> Any:
+def _atari(game: str | None, count: int, frames: int) -> Any:
     """The usual preprocessing: 84 by 84 grey pixels, the maximum of two frames of four, four such images a time."""
     import ale_py
     from ale_py.vector_env import AtariVectorEnv
 
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     return AtariVectorEnv(
-        game,
+        str(game),
         count,
         num_threads=min(count, torch.get_num_threads()),
         reward_clipping=False,  # the score is not clipped; what is trained on is, later
         episodic_life=False,  # it would start a new game; a life lost shows in `lives`
-        max_num_frames_per_episode=FRAMES,
+        max_num_frames_per_episode=frames,
     )
-
-
-FRAMES = 27_000  # of a game at most: 7.5 minutes
 
 
 def load_atari(source: str | None, seed: int) -> Splits:
@@ -305,13 +298,13 @@ def load_atari(source: str | None, seed: int) -> Splits:
         near = get_close_matches(str(source).lower(), games, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else f", such as {', '.join(games[:3])}"
         raise ValueError(f"data must name one of the {len(games)} Atari games, got {source!r}{hint}")
-    return _splits(source, 5, actions=_atari(source, 1).single_action_space.n)
+    return _splits(source, 5, actions=_atari(source, 1, 1).single_action_space.n)
 
 
 def _splits(game: str | None, count: int, actions: int) -> Splits:
     """Twenty episodes for the test, and so many for training and for validation, which are played every epoch."""
-    splits = [Episodes.of(game, first, n) for first, n in ((TRAIN, count), (VALIDATION, count), (TEST, 20))]
-    return Splits(*splits, sizes={"actions": actions})
+    train, validation = (Episodes.of(game, first, count) for first in (TRAIN, VALIDATION))
+    return Splits(train, validation, Episodes.of(game, TEST, 20), {"actions": actions})
 
 
 CARTPOLE_SETTINGS = {
@@ -325,6 +318,7 @@ CARTPOLE_SETTINGS = {
     "value": 0.5,  # weight of the values' errors
     "entropy": 0.0,  # weight of the policy's entropy
     "scale": 0.02,  # of rewards: for values near 1
+    "frames": 500,  # of an episode at most
 }
 
 CARTPOLE = Game(
@@ -361,6 +355,7 @@ ATARI_SETTINGS = {
     "value": 0.5,
     "entropy": 0.01,
     "scale": 1.0,
+    "frames": 27_000,  # 7.5 minutes
 }
 
 ATARI = Game(
