@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import contents, process
+from conftest import contents
 from torch import Tensor, nn
 
 from samlite.hessian import Hessian
@@ -387,12 +386,16 @@ def test_an_atari_game_goes_on_after_a_life_is_lost() -> None:
 
 
 @pytest.mark.usefixtures("atari")
-def test_atari_trains_a_few_steps_on_the_command_line_and_says_nothing_else(tmp_path: Path) -> None:
-    settings = ["environments=2", "steps=16", "passes=1", "iterations=1", "frames=400"]
-    options = [option for setting in settings for option in ("--set", setting)]
-    done = process(
-        "train", "atari", "--width", 2, "--epochs", 1, "--data", "pong", *options, "--out", tmp_path / "run", "--json"
-    )
-    assert done.status == 0, done.err
-    final = json.loads(done.out)["result"]["final"]
-    assert -2 <= final["test_metric"] <= 2 and final["test_episodes"] == 20
+def test_atari_is_learned_and_scored_and_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    settings = {"environments": 2, "steps": 16, "passes": 1, "iterations": 1, "frames": 400}
+    config = Config.of("atari", width=2, settings=settings, data="pong", device="cpu")
+    game = get("atari").configured(config)
+    data = game.load("pong", 0)
+    model = game.build(2, None, data.sizes)
+    ((inputs, targets),) = game.batches(model, data.train, config, torch.Generator().manual_seed(0))
+    assert inputs.shape == (32, 4, 84, 84) and model(inputs).shape == (32, 7)
+    game.loss(model(inputs), targets).backward()
+    scores = game.evaluate(model, Episodes.of("pong", 0, 2))
+    assert scores.others["steps"] == 2 * 100  # 4 frames each
+    assert -4 <= scores.metric <= 4  # points in 7 seconds
+    assert capfd.readouterr() == ("", "")
