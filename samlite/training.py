@@ -301,7 +301,7 @@ def _result(model: nn.Module, task: Task, test: Any, last: EpochRecord, best: di
             **{f"test_{name}": value for name, value in test_scores.others.items()},
         },
         "best": best,  # the epoch is selected on validation
-        "interpolates": last.train_loss < 1e-3 and (not task.classes or last.train_metric == 1),
+        "interpolates": task.interpolates and last.train_loss < 1e-3 and (not task.classes or last.train_metric == 1),
         "parameters": parameter_count(model),
         "epochs": last.epoch,
         "gradient_evaluations": last.gradient_evaluations,

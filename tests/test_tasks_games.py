@@ -10,6 +10,7 @@ import torch
 from conftest import contents
 from torch import Tensor, nn
 
+from samlite.checkpoints import read_json
 from samlite.hessian import Hessian
 from samlite.sam import SAM
 from samlite.tasks import games, get
@@ -252,6 +253,7 @@ def test_a_run_of_cartpole_can_be_measured_at_its_own_settings(tmp_path: Path) -
     config = small("sam", epochs=1, settings={"gamma": 0.5, "entropy": 0.25})
     list(train(config, tmp_path))
     run = load_run(tmp_path)
+    assert not read_json(tmp_path / "result.json")["interpolates"]
     assert isinstance(run.task.loss, ClippedObjective) and run.task.loss.entropy == 0.25
     (inputs, targets), count = run.task.measured(run.model, run.data.train, 100, 0)
     assert count == len(inputs) == len(targets) == 100

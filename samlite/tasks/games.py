@@ -159,6 +159,10 @@ class Game(Task):
     environments: Callable[[str | None, int, int], Any] | None = None  # source, how many, most frames -> those
     positions: int = 8192  # at most, that a Hessian is measured on
 
+    @property
+    def interpolates(self) -> bool:
+        return False  # every epoch has other samples
+
     def configured(self, config: Config) -> Task:
         """As of `Task`. Raises ValueError where a setting is out of range."""
         settings = dict(config.settings)
@@ -333,7 +337,7 @@ CARTPOLE = Game(
     recipe=Recipe(
         lr={"sgd": 0.1, "adam": 2e-3, "adamw": 2e-3},
         batch_size=256,
-        epochs=40,
+        epochs=25,
         schedule="cosine",
         milestones=(),
         settings=CARTPOLE_SETTINGS,

@@ -156,6 +156,11 @@ class Task:
         """Whether `batches` alters the inputs unless told not to."""
         return self.augment is not None
 
+    @property
+    def interpolates(self) -> bool:
+        """Whether there is a training set that a network can fit without error."""
+        return True
+
     def rank(self, metric: float, loss: float) -> tuple[float, float]:
         """A key that grows with how good a model is: by its metric, then its loss where metrics tie."""
         return metric if self.higher_is_better else -metric, -loss
