@@ -2,6 +2,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -328,6 +329,12 @@ def test_settings_out_of_range_are_refused(settings: dict[str, float], message: 
     with pytest.raises(ValueError, match=message):
         list(train(small(settings=settings), tmp_path))
     assert not (tmp_path / "config.json").exists()
+
+
+def test_an_optimizer_that_needs_held_out_data_is_refused() -> None:
+    config: Any = SimpleNamespace(optimizer="agnostic", settings=())
+    with pytest.raises(ValueError, match="optimizer agnostic needs training data to hold out, which task cartpole"):
+        games.CARTPOLE.configured(config)
 
 
 def test_the_packages_of_games_are_asked_for_where_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:

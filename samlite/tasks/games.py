@@ -164,7 +164,9 @@ class Game(Task):
         return False  # every epoch has other samples
 
     def configured(self, config: Config) -> Task:
-        """As of `Task`. Raises ValueError where a setting is out of range."""
+        """As of `Task`. Raises ValueError where a setting is out of range, or the optimizer cannot learn from play."""
+        if config.optimizer == "agnostic":
+            raise ValueError(f"optimizer agnostic needs training data to hold out, which task {self.name} has none of")
         settings = dict(config.settings)
         for name in ("environments", "steps", "iterations", "passes", "frames"):
             if settings[name] < 1 or settings[name] % 1:
