@@ -331,9 +331,16 @@ def test_settings_out_of_range_are_refused(settings: dict[str, float], message: 
     assert not (tmp_path / "config.json").exists()
 
 
-def test_an_optimizer_that_needs_held_out_data_is_refused() -> None:
-    config: Any = SimpleNamespace(optimizer="agnostic", settings=())
-    with pytest.raises(ValueError, match="optimizer agnostic needs training data to hold out, which task cartpole"):
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"optimizer": "agnostic"}, "optimizer agnostic needs training data to hold out, which task cartpole has none"),
+        ({"track": 1}, "track must be 0 for task cartpole, whose samples are other ones after every epoch"),
+    ],
+)
+def test_what_needs_the_same_samples_all_along_is_refused(choices: dict[str, Any], message: str) -> None:
+    config: Any = SimpleNamespace(**{"optimizer": "adam", "track": 0, "settings": (), **choices})
+    with pytest.raises(ValueError, match=message):
         games.CARTPOLE.configured(config)
 
 

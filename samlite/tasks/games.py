@@ -164,9 +164,11 @@ class Game(Task):
         return False  # every epoch has other samples
 
     def configured(self, config: Config) -> Task:
-        """As of `Task`. Raises ValueError where a setting is out of range, or the optimizer cannot learn from play."""
+        """As of `Task`. Raises ValueError where a setting is out of range or cannot be had of a game."""
         if config.optimizer == "agnostic":
             raise ValueError(f"optimizer agnostic needs training data to hold out, which task {self.name} has none of")
+        if config.track:
+            raise ValueError(f"track must be 0 for task {self.name}, whose samples are other ones after every epoch")
         settings = dict(config.settings)
         for name in ("environments", "steps", "iterations", "passes", "frames"):
             if settings[name] < 1 or settings[name] % 1:
