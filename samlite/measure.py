@@ -58,7 +58,9 @@ def run_subject(folder: Path, samples: int | None = None, device: str | None = N
     run = load_run(folder, device)
     count = SAMPLES if samples is None else samples
     data, measured = run.task.measured(run.model, run.data.train, count, run.config.seed)
-    return Subject(run.model, run.task.loss, data, measured, len(run.data.train), run.config.lr, run.config.rho)
+    return Subject(
+        run.model, run.task.loss, data, measured, max(measured, len(run.data.train)), run.config.lr, run.config.rho
+    )
 
 
 def checkpoint_subject(

@@ -103,6 +103,8 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
         scaler = scaler_of(config)
         optimizer = optimizer_of(model, config, scaler, forward)
         data = task.splits(config).to(device)
+        task, device = tasks.get(config.task).configured(config), usable_device(config.device)
+        data = task.load(config.data, config.seed).to(device)
         model = initial_model(task, config, data).to(device)
         optimizer = _optimizer(model, config)
         order = torch.Generator().manual_seed(config.seed)
@@ -213,6 +215,8 @@ def load_run(folder: Path | str, device: str | None = None) -> Run:
     config = Config.from_json(read_json(folder / "config.json"), folder / "config.json")
     task, place = tasks.get(config.task), usable_device(device or config.device)
     data = task.splits(config).to(place)
+    task, place = tasks.get(config.task).configured(config), usable_device(device or config.device)
+    data = task.load(config.data, config.seed).to(place)
     model = initial_model(task, config, data)
     load_model_weights(folder / "model.safetensors", model)
     return Run(folder, config, task, model.to(place).eval(), data)
@@ -312,6 +316,7 @@ def _result(
         },
         "best": best,  # the epoch is selected on validation
         "interpolates": end.train_loss < 1e-3 and (not task.classes or end.train_metric == 1),
+        "interpolates": task.interpolates and last.train_loss < 1e-3 and (not task.classes or last.train_metric == 1),
         "parameters": parameter_count(model),
         **({"dense_parameters": parameter_count(network.dense(task, config, data))} if config.sparsity else {}),
         **({"label_noise": _noise(config, data)} if config.label_noise else {}),

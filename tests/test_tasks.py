@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from samlite.config import Config
 from samlite.tasks import TASKS, Splits, Task, TensorData, get
 from samlite.tasks.synthetic import NOISE, teacher
 from samlite.tasks.task import hold_out
@@ -14,15 +15,15 @@ OFFLINE = [task for task in TASKS.values() if task.source is None]
 
 
 def load(task: Task, seed: int = 0) -> Splits:
-    if task.name == "digits":
-        pytest.importorskip("sklearn")
+    pytest.importorskip({"digits": "sklearn", "cartpole": "gymnasium"}.get(task.name, "torch"))
     return task.load(task.source, seed)
 
 
 @pytest.mark.parametrize("task", OFFLINE, ids=lambda task: task.name)
 def test_a_task_trains_its_network_on_its_data_with_its_loss(task: Task) -> None:
-    data = load(task).train
-    loss = task.loss(task.model(task.width)(data.inputs), data.targets)
+    config, model = Config.of(task.name), task.model(task.width)
+    inputs, targets = next(task.batches(model, load(task).train, config, torch.Generator().manual_seed(0)))
+    loss = task.loss(model(inputs), targets)
     assert loss.ndim == 0 and loss.isfinite()
 
 

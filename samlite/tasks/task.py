@@ -157,9 +157,18 @@ class Task:
         """Whether `batches` alters the inputs unless told not to."""
         return self.augment is not None
 
+    @property
+    def interpolates(self) -> bool:
+        """Whether there is a training set that a network can fit without error."""
+        return True
+
     def rank(self, metric: float, loss: float) -> tuple[float, float]:
         """A key that grows with how good a model is: by its metric, then its loss where metrics tie."""
         return metric if self.higher_is_better else -metric, -loss
+
+    def configured(self, config: Config) -> Task:
+        """The task as the settings of a run have it."""
+        return self
 
     def build(self, width: int, dropout: float | None, sizes: Mapping[str, int]) -> nn.Module:
         """The network, on the CPU."""
