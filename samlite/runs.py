@@ -34,7 +34,7 @@ def load_run(folder: Path | str, device: str | None = None) -> Run:
     if not (folder / "result.json").is_file():
         raise ValueError(f"{folder} must be the folder of a finished run; it has no result.json")
     config = Config.from_json(read_json(folder / "config.json"), folder / "config.json")
-    task, place = tasks.get(config.task), usable_device(device or config.device)
+    task, place = tasks.get(config.task).configured(config), usable_device(device or config.device)
     data = load_data(task, config, folder).to(place)
     return Run(folder, config, task, final_network(task, config, data, folder), data)
 
@@ -50,7 +50,7 @@ def final_network(task: Task, config: Config, data: Splits, folder: Path) -> nn.
 
 def load_data(task: Task, config: Config, folder: Path) -> Splits:
     """The data on the CPU, the training labels with their noise, which stays what the folder says once it does."""
-    data = task.load(config.data, config.seed)
+    data = task.splits(config)
     if not config.label_noise:
         return data
     if (folder / LABELS).exists():

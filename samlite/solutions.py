@@ -52,7 +52,7 @@ def solutions(folder: Path | str) -> list[Solutions]:
     results = {cell: read_json(folder / cell.name / "result.json") for cells in grouped.values() for cell in cells}
     inside = {cell for cell, result in results.items() if result["interpolates"]}
     one = next(iter(results))
-    data = tasks.get(one.task).load(one.data, one.seed)  # only its sizes matter, which no seed changes
+    data = tasks.get(one.task).splits(one)  # only its sizes matter, which no seed changes
     # No more than the solutions of a group and those of its base are in memory.
     return [
         _solutions(group, cells, [cell for cell in inside if _shares(group, cells[0], cell)], results, folder, data)

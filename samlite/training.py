@@ -94,7 +94,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
         if ranks.shared((out / "result.json").exists):
             return
 
-        task, device = tasks.get(config.task), usable_device(config.device)
+        task, device = tasks.get(config.task).configured(config), usable_device(config.device)
         data = load_data(task, config, out).to(device)
         path = out / "checkpoint.pt"
         state = load_checkpoint(path) if path.exists() else {}
@@ -102,11 +102,6 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
         forward = parallel(model, config)
         scaler = scaler_of(config)
         optimizer = optimizer_of(model, config, scaler, forward)
-        data = task.splits(config).to(device)
-        task, device = tasks.get(config.task).configured(config), usable_device(config.device)
-        data = task.load(config.data, config.seed).to(device)
-        model = initial_model(task, config, data).to(device)
-        optimizer = _optimizer(model, config)
         order = torch.Generator().manual_seed(config.seed)
         tracker = _tracker(model, task, data.train, config) if config.track else None
         records: list[EpochRecord] = []
@@ -207,19 +202,6 @@ def learning_rate(config: Config, epoch: int) -> float:
 
 def _held_out(data: Any, batch_size: int, order: torch.Generator) -> Callable[[], Batch]:
     """Gives batches of these samples, drawn with replacement."""
-def load_run(folder: Path | str, device: str | None = None) -> Run:
-    """A finished run with its data. Raises ValueError where the folder holds none."""
-    folder = Path(folder)
-    if not (folder / "result.json").is_file():
-        raise ValueError(f"{folder} must be the folder of a finished run; it has no result.json")
-    config = Config.from_json(read_json(folder / "config.json"), folder / "config.json")
-    task, place = tasks.get(config.task), usable_device(device or config.device)
-    data = task.splits(config).to(place)
-    task, place = tasks.get(config.task).configured(config), usable_device(device or config.device)
-    data = task.load(config.data, config.seed).to(place)
-    model = initial_model(task, config, data)
-    load_model_weights(folder / "model.safetensors", model)
-    return Run(folder, config, task, model.to(place).eval(), data)
 
     def draw() -> Batch:
         chosen = torch.randint(len(data), (min(batch_size, len(data)),), generator=order)
@@ -315,8 +297,7 @@ def _result(
             **{f"test_{name}": value for name, value in test.others.items()},
         },
         "best": best,  # the epoch is selected on validation
-        "interpolates": end.train_loss < 1e-3 and (not task.classes or end.train_metric == 1),
-        "interpolates": task.interpolates and last.train_loss < 1e-3 and (not task.classes or last.train_metric == 1),
+        "interpolates": task.interpolates and end.train_loss < 1e-3 and (not task.classes or end.train_metric == 1),
         "parameters": parameter_count(model),
         **({"dense_parameters": parameter_count(network.dense(task, config, data))} if config.sparsity else {}),
         **({"label_noise": _noise(config, data)} if config.label_noise else {}),
