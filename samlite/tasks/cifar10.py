@@ -42,6 +42,7 @@ TASK = Task(
     ),
     width=16,
     widths=(4, 16, 64, 256),
+    extra="data",
     source="uoft-cs/cifar10",
     chunk=512,
 )

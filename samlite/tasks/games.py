@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from samlite import ranks
 from samlite.models import atari_cnn, mlp_actor_critic
 from samlite.tasks.task import Batch, Recipe, Scores, Splits, Task, TensorData
 
@@ -169,6 +170,8 @@ class Game(Task):
             raise ValueError(f"optimizer agnostic needs training data to hold out, which task {self.name} has none of")
         if config.track:
             raise ValueError(f"track must be 0 for task {self.name}, whose samples are other ones after every epoch")
+        if ranks.world() > 1:
+            raise ValueError(f"task {self.name} trains in one process, got {ranks.world()}; start it without torchrun")
         settings = dict(config.settings)
         for name in ("environments", "steps", "iterations", "passes", "frames"):
             if settings[name] < 1 or settings[name] % 1:
@@ -348,6 +351,7 @@ CARTPOLE = Game(
     ),
     width=64,
     widths=(16, 64, 256),
+    extra="games",
     base="adam",
     environments=_cartpole,
 )
@@ -385,6 +389,7 @@ ATARI = Game(
     ),
     width=32,
     widths=(16, 32, 64),
+    extra="games",
     source="breakout",
     base="adam",
     environments=_atari,

@@ -229,6 +229,7 @@ TASK = ImageNet(
     ),
     width=64,
     widths=(16, 32, 48, 64),
+    extra="data",
     source="ILSVRC/imagenet-1k",
     chunk=256,
 )

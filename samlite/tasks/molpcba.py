@@ -211,6 +211,7 @@ TASK = Task(
     ),
     width=192,
     widths=(128, 192, 256, 384, 500),
+    extra="graphs",
     source="ogbg-molpcba",
     base="adam",
     chunk=256,

@@ -178,6 +178,7 @@ TASK = Task(
     ),
     width=192,
     widths=(192, 256, 384, 512, 848),
+    extra="text",
     source="UD_English-EWT",
     base="adamw",
     augment=hide_words,

@@ -107,6 +107,7 @@ TASK = Task(
     ),
     width=64,
     widths=(32, 64, 128, 256, 600),
+    extra="text",
     source="stanfordnlp/sst2",
     augment=hide_words,
     chunk=512,

@@ -44,6 +44,7 @@ TASK = Task(
     ),
     width=96,
     widths=(48, 96, 192, 384),
+    extra="data",
     source="uoft-cs/cifar10",
     chunk=512,
 )
