@@ -411,7 +411,8 @@ def test_atari_is_learned_and_scored_and_says_nothing(capfd: pytest.CaptureFixtu
     ((inputs, targets),) = game.batches(model, data.train, config, torch.Generator().manual_seed(0))
     assert inputs.shape == (32, 4, 84, 84) and model(inputs).shape == (32, 7)
     game.loss(model(inputs), targets).backward()
-    scores = game.evaluate(model, Episodes.of("pong", 0, 2))
+    assert Hessian(model.double(), game.loss, (inputs[:8], targets[:8])).moments(2).fallback is None
+    scores = game.evaluate(model.float(), Episodes.of("pong", 0, 2))
     assert scores.others["steps"] == 2 * 100  # 4 frames each
     assert -4 <= scores.metric <= 4  # points in 7 seconds
     assert capfd.readouterr() == ("", "")

@@ -50,7 +50,9 @@ class ClippedObjective(nn.Module):
         logits, values = outputs[:, :-1], outputs[:, -1]
         actions, before, advantages, returns = targets.unbind(1)
         logs = logits.log_softmax(1)
-        ratios = (logs.gather(1, actions.long()[:, None])[:, 0] - before).exp()
+        # what looks for the samples in a batch, before moments, scales numbers: an action too high is the last one
+        chosen = actions.long().clamp(max=logits.shape[1] - 1)
+        ratios = (logs.gather(1, chosen[:, None])[:, 0] - before).exp()
         clipped = ratios.clamp(1 - self.clip, 1 + self.clip)
         gains = torch.minimum(ratios * advantages, clipped * advantages)
         entropies = -(logs.exp() * logs).sum(1)
