@@ -64,8 +64,8 @@ def print_json(document: Any) -> None:
 
 
 def metric(value: float, name: str) -> str:
-    """A metric as people read it: an accuracy in percent, a loss as it is."""
-    return f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.4g}"
+    """A metric as people read it: a fraction in percent, a loss or a score as it is."""
+    return f"{100 * value:.2f} %" if name in ("accuracy", "average_precision", "roc_auc") else f"{value:.4g}"
 
 
 def shortened(names: Sequence[str], most: int) -> str:

@@ -71,20 +71,21 @@ def _show(found: "Report") -> None:
 
 def _show_metrics(found: "Report") -> None:
     """The metrics, and λ_max if that is all that was measured."""
-    percent = found.metric == "accuracy"
-    scale = 100 if percent else 1
+    from samlite.report import percent
+
+    scale = percent(found.metric)
     alone = not any(outcome.nonuniformity for outcome in _outcomes(found))
     sharpness = alone and any(outcome.sharpness for outcome in _outcomes(found))
     interpolating = any(outcome.interpolating for outcome in _outcomes(found))
     view = table(
-        f"{found.task}: final test {found.metric} by width",
+        f"{found.task}: final test {found.metric.replace('_', ' ')} by width",
         *_condition_columns(found),
         ">width",
         ">params",
         "optimizer",
         ">n",
         *[">interpolate"] * interpolating,
-        f">{found.metric}{' %' if percent else ''}",
+        f">{found.metric.replace('_', ' ')}{' %' if scale == 100 else ''}",
         ">improvement",
         *[">λ_max"] * sharpness,
     )

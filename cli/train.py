@@ -168,9 +168,12 @@ def _show(settings: "Config", folder: Path, result: dict[str, Any], sharpness: A
         f"{metric(final['test_metric'], name)} at the end, {metric(best['test_metric'], name)} at epoch "
         f"{best['epoch']}, the best on validation",
     )
-    accuracy = f", accuracy {metric(final['train_metric'], name)}" if name == "accuracy" else ""
+    for other, value in final.items():
+        if other.startswith("test_") and other not in ("test_loss", "test_metric"):
+            view.add_row(other.replace("_", " "), metric(value, other.removeprefix("test_")))
+    score = "" if name == "loss" else f", {name} {metric(final['train_metric'], name)}"
     verdict = "interpolates" if result["interpolates"] else "does not interpolate"
-    view.add_row("training", f"loss {final['train_loss']:.3g}{accuracy}: {verdict}")
+    view.add_row("training", f"loss {final['train_loss']:.3g}{score}: {verdict}")
     view.add_row("parameters", f"{result['parameters']:,}")
     view.add_row("cost", f"{result['gradient_evaluations']:,} batch gradients, {result['seconds']:.1f} s")
     if sharpness:

@@ -21,7 +21,7 @@ import torch
 from samlite import figures
 from samlite.convergence import convergence
 from samlite.intervals import Interval
-from samlite.report import Report, summarize
+from samlite.report import Report, percent, summarize
 from samlite.solutions import solutions
 from samlite.sweep import read
 
@@ -157,7 +157,7 @@ def _section(experiment: Experiment) -> str:
 
 def _table(report: Report) -> str:
     """The rows as Markdown."""
-    scale = 100 if report.metric in ("accuracy", "average_precision") else 1
+    scale = percent(report.metric)
     names = [name.replace("_", " ") for name in report.rows[0].condition]
     minima = sorted({name for row in report.rows for outcome in row.optimizers.values() for name in outcome.geometric})
     metric = report.metric.replace("_", " ")

@@ -98,6 +98,11 @@ def summarize(folder: Path | str) -> Report:
     )
 
 
+def percent(metric: str) -> int:
+    """What a metric is multiplied by for people: fractions are shown in percent."""
+    return 100 if metric in ("accuracy", "average_precision", "roc_auc") else 1
+
+
 def count_in_short(count: float) -> str:
     """A number of parameters in two or three digits: 587, 2.6k, 14k, 5.4M."""
     for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

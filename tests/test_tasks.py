@@ -173,13 +173,13 @@ def test_a_truncated_parquet_file_is_named(parquet: Callable[..., Path]) -> None
     folder = parquet(train=GOOD, test=GOOD)
     whole = next(folder.glob("train*")).read_bytes()
     next(folder.glob("train*")).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="cannot load MNIST .* train-00000-of-00001.parquet is truncated"):
+    with pytest.raises(ValueError, match="cannot load mnist .* train-00000-of-00001.parquet is truncated"):
         get("mnist").load(str(folder), 0)
 
 
 def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
-    with pytest.raises(ValueError, match="cannot load MNIST from"):
+    with pytest.raises(ValueError, match="cannot load mnist from"):
         get("mnist").load(str(tmp_path), 0)
 
 

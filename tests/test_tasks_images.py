@@ -117,11 +117,11 @@ def test_cifar10_reads_class_folders_in_the_order_of_their_names(tmp_path: Path)
         (
             {"train": GOOD, "test": ([], [])},
             ("img", "label"),
-            "cannot load CIFAR10 .*: test-00000-of-00001.parquet has no rows",
+            "cannot load cifar10 .*: test-00000-of-00001.parquet has no rows",
         ),
         ({"train": GOOD, "test": ([png()] * 2, [0, 10])}, ("img", "label"), "'label', row 1: a label must .* got 10"),
         ({"train": (GOOD[0], ["cat"] * 10), "test": ([png()], ["dog"])}, ("img", "label"), "row 0: .* got 'cat'"),
-        ({"train": GOOD, "test": ([png()], ["dog"])}, ("img", "label"), "cannot load CIFAR10 .*'dog'"),
+        ({"train": GOOD, "test": ([png()], ["dog"])}, ("img", "label"), "cannot load cifar10 .*'dog'"),
         (
             {"train": GOOD, "test": ([png(), png(size=(31, 32))], [1, 2])},
             ("img", "label"),

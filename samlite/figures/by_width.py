@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from samlite.figures.canvas import draw_curve, label_parameters, label_values, new_figure, save
 from samlite.groups import described
-from samlite.report import Outcome, Report
+from samlite.report import Outcome, Report, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def _layout(names: list[str]) -> tuple[list[Any], tuple[float, float]]:
 
 
 def _improvement(panel: "Axes", report: Report) -> None:
-    scale = 100 if report.metric == "accuracy" else 1
+    scale = percent(report.metric)
     panel.axhline(0, color="0.6", linewidth=1, linestyle="--")
     for label, (color, outcomes) in _curves(report).items():
         gains = [(count, outcome.improvement) for count, outcome in outcomes if outcome.improvement]
@@ -61,7 +61,8 @@ def _improvement(panel: "Axes", report: Report) -> None:
         band = [(count, scale * (mean - half), scale * (mean + half)) for count, mean, half in halves]
         draw_curve(panel, label, color, means, band)
     panel.set_title("improvement by SAM", fontsize=10)
-    panel.set_ylabel("test accuracy (points)" if report.metric == "accuracy" else "test loss (decrease)")
+    unit = " (points)" if scale == 100 else " (decrease)" if report.metric == "loss" else ""
+    panel.set_ylabel(f"test {report.metric.replace('_', ' ')}{unit}")
 
 
 def _quantity(panel: "Axes", report: Report, name: str) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LAYERS = 4  # on 1,801 sentences of English, 12 epochs: 90.1 % of the words of validation, 89.4 % with 2
+LAYERS = 4  # 2 did about as well on 1,801 sentences of English (89.4 against 90.1 % of the words of validation)
 HEAD = 32  # size of an attention head; there are width / 32, rounded
 WIDENING = 4  # of the feed-forward part
 SCALE = 0.1  # standard deviation of the first embeddings: some features of a word are rare, and Adam's steps are small

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 
-def open_splits(source: str | None, task: str, extra: str, names: Sequence[str], columns: Sequence[str]) -> list[Any]:
-    """The named splits of what `datasets.load_dataset` reads from a hub id or a folder, each with these columns.
+def load(source: str | None, task: str, extra: str) -> Any:
+    """The splits that `datasets.load_dataset` reads from a hub id or a folder.
 
-    Raises ImportError that names the extra of this package, and ValueError that names the broken file, or the split or
-    column that is missing.
+    Raises ImportError that names the extra of this package, and ValueError that says what is wrong with which file.
     """
     try:
         import datasets
@@ -20,10 +19,15 @@ def open_splits(source: str | None, task: str, extra: str, names: Sequence[str],
     for name in ("datasets", "huggingface_hub"):  # what matters is in the exception
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        splits = datasets.load_dataset(source)
+        return datasets.load_dataset(source)
     except Exception as error:  # the hub, the file system and the parsers each raise their own kinds
-        reason = _broken_file(Path(str(source))) or (str(error) or type(error).__name__).splitlines()[0]
+        reason = _broken_file(Path(str(source))) or _first_line(error)
         raise ValueError(f"cannot load {task} from {source!r}: {reason}") from error
+
+
+def open_splits(source: str | None, task: str, extra: str, names: Sequence[str], columns: Sequence[str]) -> list[Any]:
+    """The splits of these names, each with these columns and some rows; ValueError names what is missing."""
+    splits = load(source, task, extra)
     for name in names:
         if name not in splits:
             raise ValueError(f"{source} has no split {name!r}, only {', '.join(map(repr, splits))}")
@@ -35,12 +39,20 @@ def open_splits(source: str | None, task: str, extra: str, names: Sequence[str],
     return [splits[name] for name in names]
 
 
+def _first_line(error: BaseException) -> str:
+    while error.__cause__:  # `datasets` wraps what went wrong in less and less
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _broken_file(folder: Path) -> str | None:
     from pyarrow import parquet  # type: ignore[import-untyped]
 
     for path in sorted(folder.glob("**/*.parquet")):
         try:
-            parquet.read_metadata(path)
+            rows = parquet.read_metadata(path).num_rows
         except Exception:
             return f"{path.name} is truncated or not a parquet file"
+        if not rows:
+            return f"{path.name} has no rows"
     return None

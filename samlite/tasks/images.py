@@ -5,7 +5,6 @@ Errors name the split, the column, the row and, where there is one, the file.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from samlite.tasks import hub
 from samlite.tasks.task import Splits, TensorData, hold_out
 
 if TYPE_CHECKING:
@@ -121,37 +121,10 @@ def crop_and_flip(images: Tensor, draw: torch.Generator) -> Tensor:
 
 def _open(source: str | None, task: str) -> Any:
     try:
-        import datasets
         import PIL.Image  # noqa: F401  (decodes the images)
     except ImportError as error:
-        raise ImportError(f"task {task} needs datasets and pillow: pip install 'samlite[data]'") from error
-    datasets.disable_progress_bars()
-    for name in ("datasets", "huggingface_hub"):  # what matters is in the exception
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        return datasets.load_dataset(source)
-    except Exception as error:  # the hub, the file system and the parser each raise their own kinds
-        reason = _broken_file(str(source)) or _first_line(error)
-        raise ValueError(f"cannot load {task.upper()} from {source!r}: {reason}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    while error.__cause__:  # `datasets` wraps what went wrong in less and less
-        error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _broken_file(folder: str) -> str | None:
-    from pyarrow import parquet  # type: ignore[import-untyped]
-
-    for path in sorted(Path(folder).glob("**/*.parquet")):
-        try:
-            rows = parquet.read_metadata(path).num_rows
-        except Exception:
-            return f"{path.name} is truncated or not a parquet file"
-        if not rows:
-            return f"{path.name} has no rows"
-    return None
+        raise ImportError(f"task {task} needs pillow: pip install 'samlite[data]'") from error
+    return hub.load(source, task, "data")
 
 
 def _table(rows: Any, place: str, columns: Sequence[str]) -> Table:
