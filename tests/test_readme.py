@@ -1,21 +1,31 @@
-"""The README's code runs as it stands there."""
+"""The code of the README and of the recipes runs as it stands there."""
 
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README, RECIPES = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", Path("docs") / "recipes.md"))
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_python_blocks_run(number: int, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKS[number]], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+BLOCKS = python_blocks(README)
+
+
+@pytest.mark.parametrize("block", [*BLOCKS, *python_blocks(RECIPES)])
+def test_python_blocks_run(block: str, tmp_path: Path) -> None:
+    needs = re.match(r"# needs: (.*)", block)
+    for package in needs[1].split() if needs else ():
+        if not find_spec(package):
+            pytest.skip(f"{package} is not installed")
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
