@@ -1,6 +1,7 @@
 """The code of the README and of the recipes runs as it stands there."""
 
 import re
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -44,6 +45,11 @@ def test_commands_and_options_in_the_readme_exist() -> None:
         command = cli.commands[name]
         known = {option for parameter in command.get_params(Context(command)) for option in parameter.opts}
         assert set(re.findall(r"--[a-z-]+", rest)) <= known, (name, rest)
+
+
+def test_the_reference_is_that_of_the_docstrings() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "api.py"))["reference"]()
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == made, "run python docs/api.py"
 
 
 @pytest.mark.slow
