@@ -86,6 +86,47 @@ def present_solutions(folder: Path, as_json: bool, path: Path | None) -> None:
     _say_figure(path)
 
 
+def present_cost(folder: Path, as_json: bool, path: Path | None) -> None:
+    """Every optimizer after the same number of gradient evaluations, and after all its epochs."""
+    from samlite import figures
+    from samlite.cost import costs
+    from samlite.report import percent
+
+    found = costs(folder)
+    if path:
+        figures.cost(found, path)
+    if as_json:
+        print_json([each.to_json() for each in found])
+        return
+    metric, scale = found[0].metric.replace("_", " "), percent(found[0].metric)
+    names = _conditions([each.group for each in found])
+    view = table(
+        f"validation {metric}{' %' * (scale == 100)} at equal cost",
+        *names,
+        ">width",
+        ">params",
+        "optimizer",
+        ">budget",
+        ">epochs",
+        ">at budget",
+        ">in all",
+        ">at the end",
+    )
+    for each in found:
+        view.add_row(
+            *_place(each.group, each.parameters),
+            f"{each.budget:,}",
+            f"{each.epochs:.3g}",
+            interval(each.at_budget, scale),
+            f"{each.gradients:,}",
+            interval(each.at_end, scale),
+        )
+    stdout.print(view)
+    note = "Budget and in all: gradient evaluations of a batch. ±: 95 % Student-t over seeds."
+    stdout.print(note, style="dim")
+    _say_figure(path)
+
+
 def _conditions(groups: "Sequence[Group]") -> list[str]:
     return [f">{name.replace('_', ' ')}" for name, _ in groups[0].condition]
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from samlite.cli.claims import present_convergence, present_solutions
+from samlite.cli.claims import present_convergence, present_cost, present_solutions
 from samlite.cli.console import interval, print_json, shortened, stdout, table
 from samlite.cli.options import existing, json_option
 
@@ -26,8 +26,15 @@ if TYPE_CHECKING:
 )
 @click.option("--convergence", "view", flag_value="convergence", help="Rates of linear convergence instead.")
 @click.option("--solutions", "view", flag_value="solutions", help="Spread and distances of interpolating runs instead.")
+@click.option(
+    "--by",
+    type=click.Choice(["params", "cost"]),
+    default="params",
+    show_default=True,
+    help="By width, or at equal gradient evaluations.",
+)
 @json_option
-def report(folder: Path, figure: Path | None, view: str | None, as_json: bool) -> None:
+def report(folder: Path, figure: Path | None, view: str | None, by: str, as_json: bool) -> None:
     """For each width of a sweep, with 95 % intervals: test metrics, SAM's improvement, and what was measured
     of the minima, with the ratio of SAM's to those of its base optimizer.
 
@@ -38,8 +45,17 @@ def report(folder: Path, figure: Path | None, view: str | None, as_json: bool) -
       samlite report runs/digits --json
       samlite report runs/digits --convergence --figure convergence.png
       samlite report runs/digits --solutions
+      samlite report runs/digits --by cost
     """
-    {"convergence": present_convergence, "solutions": present_solutions, None: present}[view](folder, as_json, figure)
+    if view and by == "cost":
+        raise ValueError(f"--by cost must stand alone, got it with --{view}; leave one out")
+    views = {
+        "convergence": present_convergence,
+        "solutions": present_solutions,
+        "params": present,
+        "cost": present_cost,
+    }
+    views[view or by](folder, as_json, figure)
 
 
 def present(folder: Path, as_json: bool, figure: Path | None = None) -> None:

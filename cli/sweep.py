@@ -14,6 +14,7 @@ from samlite.cli.report import present
 
 if TYPE_CHECKING:
     from samlite.config import Config
+    from samlite.engines import Engine
 
 
 @click.command(short_help="Train and measure a grid of runs, and report.")
@@ -41,6 +42,16 @@ if TYPE_CHECKING:
     help="Of every minimum: eigenvalues, moments (of the samples' Hessians), or none.",
 )
 @click.option("--jobs", type=int, help="Runs at once; default as many as the cores allow, or 1 on a GPU.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "slurm"]),
+    default="local",
+    show_default=True,
+    help="Processes of this machine, or a job of the cluster for each run.",
+)
+@click.option("--partition", help="Of slurm.")
+@click.option("--gpus", type=int, default=0, show_default=True, help="Of slurm, for each run.")
+@click.option("--minutes", type=int, default=60, show_default=True, help="Time limit of a slurm job; it is requeued.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the sweep; default runs/TASK.")
 @recipe_options
 @json_option
@@ -55,6 +66,10 @@ def sweep(
     weight_decays: tuple[float, ...] | None,
     measure: tuple[str, ...],
     jobs: int | None,
+    engine: str,
+    partition: str | None,
+    gpus: int,
+    minutes: int,
     out: Path | None,
     config: Path | None,
     as_json: bool,
@@ -77,9 +92,11 @@ def sweep(
     Repeat the command to continue what was stopped and to retry what failed; what is finished is kept,
     and only what was not measured is measured.
     More widths, seeds, optimizers or rhos extend the same folder. Each run is a folder that the other
-    commands take.
+    commands take. Several machines may run the same command on one shared folder; with --engine slurm
+    each run is a job, which is requeued and resumes when its time is up.
     """
     from samlite import sweep as sweeps
+    from samlite.engines import Cluster, Local
 
     overrides = read_recipe(config) | {name: value for name, value in recipe.items() if value is not None}
     settings = {"base": base, "data": data, "device": device}
@@ -87,22 +104,33 @@ def sweep(
     swept: dict[str, Any] = {name: values or () for name, values in conditions.items()}
     cells = sweeps.grid(task, widths, optimizers or (), seeds, rhos or (), **swept, recipe=overrides, **settings)
     folder = out or Path("runs") / task
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if jobs is None:
-        jobs = max(1, cores // cells[0].threads) if cells[0].device == "cpu" else 1
-    failures = _run(folder, cells, measure, jobs)
+    if engine == "local" and (partition or gpus):
+        raise ValueError("--partition and --gpus must go with --engine slurm; leave them out")
+    jobs = jobs or (len(cells) if engine == "slurm" else _at_once(cells[0]))
+    where = Cluster(folder, engine, partition, gpus, minutes) if engine == "slurm" else Local()
+    failures = _run(folder, cells, measure, jobs, where)
     if failures < len(cells):
         present(folder, as_json)
     if failures:
         raise RuntimeError(f"{failures} of {len(cells)} runs failed; repeat the command to retry them")
 
 
-def _run(folder: Path, cells: "list[Config]", measure: tuple[str, ...], jobs: int) -> int:
+def _at_once(cell: "Config") -> int:
+    """How many runs this machine has room for: by its cores, or one for each GPU."""
+    if cell.device != "cpu":
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // cell.threads)
+
+
+def _run(folder: Path, cells: "list[Config]", measure: tuple[str, ...], jobs: int, engine: "Engine") -> int:
     """Run the sweep with a bar of its cells; return how many failed."""
     from samlite import sweep as sweeps
 
     running, failures = [], 0
-    with progress() as bar, closing(sweeps.run(folder, cells, measure=measure, jobs=jobs)) as events:
+    with progress() as bar, closing(sweeps.run(folder, cells, measure=measure, jobs=jobs, engine=engine)) as events:
         work = bar.add_task("starting", total=len(cells))
         for event in events:
             if event.state == "started":

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -42,6 +42,18 @@ def locked(folder: Path) -> Iterator[None]:
                     ) from None
                 time.sleep(0.05)
         yield
+
+
+def claimed(path: Path) -> IO[str] | None:
+    """An open file that claims this path until it is closed, or its process ends; None where another has claimed it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")  # noqa: SIM115  (it stays open)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 @contextmanager

@@ -1,15 +1,10 @@
-"""A grid of runs: widths, optimizers, seeds and rhos, each cell in a process of its own.
+"""A grid of runs: widths, conditions, optimizers, seeds and rhos, each cell in a process of its own.
 
 A cell is `samlite train` in a subfolder, so it resumes where it was stopped, and one that crashes
 takes nothing else with it. Each computes with the threads of its config, however many cells run at
 once, so that results do not depend on that.
 """
 
-import json
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +12,11 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from samlite import tasks
-from samlite.checkpoints import locked, read_json, write_json
+from samlite.checkpoints import claimed, locked, read_json, write_json
 from samlite.config import FAMILY, Config
+from samlite.engines import Engine, Local, Running
 
+CLAIMS = ".claims"  # a file for each cell that a sweep works on
 MEASURES = ("eigenvalues", "moments")  # what may be measured of a minimum; moments are never kept without eigenvalues
 
 
@@ -82,51 +79,70 @@ def grid(
 
 
 def run(
-    folder: Path | str, cells: Sequence[Config], *, measure: Collection[str] = (), jobs: int = 1
+    folder: Path | str,
+    cells: Sequence[Config],
+    *,
+    measure: Collection[str] = (),
+    jobs: int = 1,
+    engine: Engine | None = None,
 ) -> Generator[Event, None, None]:
     """Run the cells that are not finished, `jobs` at a time, and yield what happens.
 
     The cells join those that the folder's sweep.json already records. Closing the iterator stops the
-    running ones; they resume when the sweep is repeated.
+    running ones; they resume when the sweep is repeated. Several processes may run sweeps in one folder: each cell is
+    claimed by one of them, and let go when that ends, however it ends.
 
     Args:
         measure: of `MEASURES`, taken of every minimum that lacks it.
+        engine: where cells run; default in processes of this machine.
 
     Raises:
         ValueError: the folder holds something else, or a sweep with another recipe.
-        BlockingIOError: another process runs a sweep in this folder.
     """
     for name in measure:
         if name not in MEASURES:
             raise ValueError(f"measure must be of {', '.join(MEASURES)}, got {name!r}")
     if jobs < 1:
         raise ValueError(f"jobs must be >= 1, got {jobs}")
-    folder = Path(folder)
+    folder, engine = Path(folder), engine or Local()
     _merged(folder, cells)  # before anything is written there
     with locked(folder):
         write_json(folder / "sweep.json", {"cells": [cell.to_json() for cell in _merged(folder, cells)]})
-        waiting = []
-        for cell in cells:
-            if finished(folder / cell.name, cell, measure):
-                yield Event(cell, "done")
-            else:
-                waiting.append(cell)
-        running: list[_Process] = []
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    running.append(_Process.start(folder, waiting.pop(0), measure))
-                    yield Event(running[-1].cell, "started")
-                time.sleep(0.02)
-                for process in [process for process in running if process.child.poll() is not None]:
-                    running.remove(process)
-                    reason = process.failure()
-                    yield Event(process.cell, "failed" if reason else "finished", reason)
-        finally:
-            for process in running:
-                process.child.terminate()
-            for process in running:
-                process.failure()
+    waiting = []
+    for cell in cells:
+        if finished(folder / cell.name, cell, measure):
+            yield Event(cell, "done")
+        else:
+            waiting.append(cell)
+    running: list[tuple[Config, Running, IO[str]]] = []
+    try:
+        while waiting or running:
+            for cell in list(waiting):
+                if len(running) == jobs:
+                    break
+                claim = claimed(folder / CLAIMS / cell.name)
+                if claim is None:  # by another sweep, which may yet be killed
+                    continue
+                waiting.remove(cell)
+                if finished(folder / cell.name, cell, measure):
+                    claim.close()
+                    yield Event(cell, "done")
+                else:
+                    running.append((cell, engine.start(folder, cell, measure), claim))
+                    yield Event(cell, "started")
+            time.sleep(0.02 if running else 0.5)
+            for one in [one for one in running if one[1].ended()]:
+                running.remove(one)
+                cell, process, claim = one
+                reason = process.failure()
+                claim.close()
+                yield Event(cell, "failed" if reason else "finished", reason)
+    finally:
+        for _, process, _ in running:
+            process.stop()
+        for _, process, claim in running:
+            process.failure()
+            claim.close()
 
 
 def read(folder: Path) -> list[Config]:
@@ -215,37 +231,3 @@ def _differences(old: Config, new: Config) -> str:
         for name in old.to_json()
         if name not in own and getattr(old, name) != getattr(new, name)
     )
-
-
-@dataclass(frozen=True)
-class _Process:
-    cell: Config
-    child: subprocess.Popen[bytes]
-    errors: IO[bytes]
-
-    @classmethod
-    def start(cls, folder: Path, cell: Config, measure: Collection[str]) -> "_Process":
-        command = [sys.executable, "-m", "samlite.cli", "train", cell.task, "--cell", json.dumps(cell.to_json())]
-        command += ["--out", cell.name, "--json", "--stop-with-stdin"]
-        if measure:
-            command += ["--measure", ",".join(measure)]
-        errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed at the end of the process)
-        child = subprocess.Popen(
-            command,
-            cwd=folder,  # also keeps a source tree in the current folder off the path
-            stdin=subprocess.PIPE,  # closes with this process, however it ends, and takes the cell with it
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-        )
-        return cls(cell, child, errors)
-
-    def failure(self) -> str:
-        """Wait for the process, and say in a line why it failed; empty where it did not."""
-        with self.child, self.errors:
-            self.child.wait()
-            self.errors.seek(0)
-            lines = self.errors.read().decode(errors="replace").strip().splitlines()
-        code = self.child.returncode
-        if code < 0:
-            return f"ended by {signal.Signals(-code).name}; repeat the command to continue"
-        return (lines[-1].removeprefix("Error: ") if lines else f"ended with status {code}") if code else ""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import Result, command, contents, process
 
-from samlite import checkpoints, sweep
+from samlite import checkpoints, engines, sweep
 from samlite.checkpoints import write_json
 from samlite.cli import options
 from samlite.config import Config
@@ -154,13 +154,48 @@ def test_a_folder_that_holds_no_sweep_is_refused(tmp_path: Path) -> None:
             sweep.read(tmp_path)
 
 
-def test_two_sweeps_cannot_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "PATIENCE", 0.1)
-    with (
-        checkpoints.locked(tmp_path),
-        pytest.raises(BlockingIOError, match="in use by another process"),
-    ):
-        next(sweep.run(tmp_path, grid("digits", [8], seeds=1)))
+def test_a_cell_that_another_sweep_has_claimed_is_left_to_it_and_taken_when_that_ends(tmp_path: Path) -> None:
+    cells = grid("digits", [8], ["sgd"], seeds=2, **QUICK)
+    claim = checkpoints.claimed(tmp_path / sweep.CLAIMS / cells[0].name)
+    assert claim is not None and checkpoints.claimed(tmp_path / sweep.CLAIMS / cells[0].name) is None
+    write_json(tmp_path / "sweep.json", {"cells": []})
+    events = sweep.run(tmp_path, cells, jobs=2)
+    first = [next(events), next(events)]
+    assert [(event.cell, event.state) for event in first] == [(cells[1], "started"), (cells[1], "finished")]
+    claim.close()
+    assert [(event.cell, event.state) for event in events] == [(cells[0], "started"), (cells[0], "finished")]
+
+
+@pytest.mark.slow
+def test_two_sweeps_share_a_folder_and_run_every_cell_once(tmp_path: Path) -> None:
+    options = ("sweep", "--widths", "8,12", "--seeds", 3, "--epochs", 40, "--measure", "none", "--jobs", 1)
+    call = command(*options, "--out", tmp_path / "shared", "--json")
+    first, second = (subprocess.Popen(call, stdout=subprocess.PIPE) for _ in range(2))
+    for _ in range(2):  # one of them is killed twice, and started again
+        time.sleep(5)
+        first.kill()
+        first.communicate()
+        first = subprocess.Popen(call, stdout=subprocess.PIPE)
+    outs = [launcher.communicate(timeout=200)[0] for launcher in (first, second)]
+    assert first.returncode == second.returncode == 0
+    documents = [json.loads(out) for out in outs]
+    assert documents[0] == documents[1] and documents[0]["unfinished"] == []
+    for cell in sweep.read(tmp_path / "shared"):
+        lines = (tmp_path / "shared" / cell.name / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 41))
+
+
+def test_jobs_of_a_cluster_run_the_cells(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    cells = [
+        *grid("digits", [8], ["sgd"], seeds=2, **QUICK),
+        Config.of("digits", width=9, lr=1e6, epochs=2, device="cpu"),
+    ]
+    events = list(sweep.run(tmp_path, cells[:2], jobs=2, engine=engines.Cluster(tmp_path, "local")))
+    assert sorted(event.state for event in events) == ["finished", "finished", "started", "started"]
+    assert all(finished(tmp_path / cell.name, cell) for cell in cells[:2])
+    running = engines.Cluster(tmp_path, "local").start(tmp_path, cells[2], ())
+    assert "the loss is no longer finite" in running.failure()
 
 
 def test_a_cell_is_finished_by_its_own_result_and_a_converged_measurement(tmp_path: Path) -> None:

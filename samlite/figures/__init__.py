@@ -2,8 +2,9 @@
 
 from samlite.figures.by_width import by_width
 from samlite.figures.convergence import convergence
+from samlite.figures.cost import cost
 from samlite.figures.density import density
 from samlite.figures.solutions import solutions
 from samlite.figures.track import track
 
-__all__ = ["by_width", "convergence", "density", "solutions", "track"]
+__all__ = ["by_width", "convergence", "cost", "density", "solutions", "track"]

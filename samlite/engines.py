@@ -1,0 +1,145 @@
+"""Where the cells of a sweep run: in processes of this machine, or as jobs of a cluster through submitit.
+
+An engine starts a cell, `samlite train` in a subfolder of the sweep, and gives a handle to what is running.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from samlite.config import Config
+
+
+class Running(Protocol):
+    """A cell that was started."""
+
+    def ended(self) -> bool: ...
+
+    def failure(self) -> str:
+        """Wait for the end, and say in a line why it failed; empty where it did not."""
+        ...
+
+    def stop(self) -> None: ...
+
+
+class Engine(Protocol):
+    def start(self, folder: Path, cell: Config, measure: Collection[str]) -> Running: ...
+
+
+class Local:
+    """A process of this machine for each cell, which ends when the sweep does."""
+
+    def start(self, folder: Path, cell: Config, measure: Collection[str]) -> Running:
+        errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed at the end of the process)
+        child = subprocess.Popen(
+            [*_command(cell, measure), "--stop-with-stdin"],
+            cwd=folder,  # also keeps a source tree in the current folder off the path
+            stdin=subprocess.PIPE,  # closes with this process, however it ends, and takes the cell with it
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
+        return _Process(child, errors)
+
+
+class Cluster:
+    """A job for each cell. One that is preempted, or whose time is up, is requeued, and resumes.
+
+    Args:
+        kind: "slurm", or "local" for submitit's own processes on this machine.
+        partition, gpus: asked of slurm for each cell.
+        minutes: the time limit of a job.
+    """
+
+    def __init__(
+        self, folder: Path, kind: str = "slurm", partition: str | None = None, gpus: int = 0, minutes: int = 60
+    ) -> None:
+        try:
+            import submitit
+        except ImportError as error:
+            raise ImportError("engine slurm needs submitit: pip install 'samlite[cluster]'") from error
+        self._executor = submitit.AutoExecutor(folder / ".jobs", cluster=kind)
+        options: dict[str, Any] = {"timeout_min": minutes, "gpus_per_node": gpus, "cpus_per_task": 1}
+        if partition:
+            options["slurm_partition"] = partition
+        self._executor.update_parameters(name="samlite", **options)
+
+    def start(self, folder: Path, cell: Config, measure: Collection[str]) -> Running:
+        self._executor.update_parameters(cpus_per_task=cell.threads)
+        return _Job(self._executor.submit(_Cell(folder.resolve(), cell, tuple(measure))))
+
+
+@dataclass(frozen=True)
+class _Process:
+    child: subprocess.Popen[bytes]
+    errors: IO[bytes]
+
+    def ended(self) -> bool:
+        return self.child.poll() is not None
+
+    def failure(self) -> str:
+        with self.child, self.errors:
+            self.child.wait()
+            self.errors.seek(0)
+            return _reason(self.child.returncode, self.errors.read())
+
+    def stop(self) -> None:
+        self.child.terminate()
+
+
+@dataclass(frozen=True)
+class _Job:
+    job: Any  # of submitit
+
+    def ended(self) -> bool:
+        return bool(self.job.done())
+
+    def failure(self) -> str:
+        try:
+            reason: str = self.job.result()
+        except Exception as error:  # whatever the cluster did to it
+            return f"job {self.job.job_id}: {(str(error).strip().splitlines() or [type(error).__name__])[-1]}"
+        return reason
+
+    def stop(self) -> None:
+        self.job.cancel(check=False)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """What a job of the cluster does."""
+
+    folder: Path
+    cell: Config
+    measure: tuple[str, ...]
+
+    def __call__(self) -> str:
+        done = subprocess.run(
+            _command(self.cell, self.measure), cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        return _reason(done.returncode, done.stderr)
+
+    def checkpoint(self) -> Any:
+        """Called by submitit before the job is requeued; the run resumes from its own files."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def _command(cell: Config, measure: Collection[str]) -> list[str]:
+    """`samlite train` of a cell, in the folder of its sweep."""
+    command = [sys.executable, "-m", "samlite.cli", "train", cell.task, "--cell", json.dumps(cell.to_json())]
+    command += ["--out", cell.name, "--json"]
+    return [*command, "--measure", ",".join(measure)] if measure else command
+
+
+def _reason(code: int, errors: bytes) -> str:
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}; repeat the command to continue"
+    lines = errors.decode(errors="replace").strip().splitlines()
+    return (lines[-1].removeprefix("Error: ") if lines else f"ended with status {code}") if code else ""
