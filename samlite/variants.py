@@ -9,11 +9,12 @@ SAMPa         takes its two gradients at points that do not depend on each other
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -123,17 +124,30 @@ class SAMPa(SAM):
     g is the gradient at the last y. The weights x descend by (1 - lmbda) of the first gradient, on this batch, and
     lmbda of the second, on the next one; y is where the base optimizer would go from x by g alone. Two gradients a
     step, three in the first one and in one after a step that had no next batch. Takes what `SAM` takes but m.
+
+    With a `process_group` of two processes, which take the same steps with the same batches, each computes one of the
+    gradients, and a step takes the time of one and of an exchange.
     """
 
     _kept = (*SAM._kept, "lmbda")
 
     def __init__(
-        self, params: ParamsT, base_optimizer: type[Optimizer], rho: float = 0.05, *, lmbda: float = 0.2, **kwargs: Any
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float = 0.05,
+        *,
+        lmbda: float = 0.2,
+        process_group: Any = None,
+        **kwargs: Any,
     ) -> None:
         _check("lmbda", lmbda, 0 <= lmbda <= 1, "between 0 and 1")
         _refuse(self, kwargs, "m")
+        if process_group is not None and dist.get_world_size(process_group) != 2:
+            size = dist.get_world_size(process_group)
+            raise ValueError(f"process_group must hold two processes, one a gradient, got {size}")
         super().__init__(params, base_optimizer, rho, **kwargs)
-        self.lmbda = lmbda
+        self.lmbda, self.process_group = lmbda, process_group
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -153,50 +167,84 @@ class SAMPa(SAM):
             with _kept_buffers(self):
                 self._run(closures)
         ahead = self._grads()
-        loss = self._at_perturbed(closures)
-        here = self._grads()
-        self._next: list[tuple[Tensor, Tensor]] = []
-        if following:
-            self._put(ahead)
-            self._gradient_ahead(following)
-            self._next = [(weight, grad) for weight, grad in self._grads().items()]
-            self._put(_mixed(here, dict(self._next), self.lmbda))
+        parts: list[Callable[[], Any]] = [lambda: self._at_perturbed(closures), lambda: self._at_y(ahead, following)]
+        both = [part() for part in parts] if self.process_group is None else self._exchanged(parts)
+        (here, loss), (there, _) = both
+        self._next = list(there.items())
+        self._put(_mixed(here, there, self.lmbda) if following else here)
         self._descend(self._gradients())
-        return loss
+        result: Tensor = loss
+        return result
 
     def first_step(self, zero_grad: bool = False) -> None:
         """Not to be had: the gradients are taken elsewhere."""
         raise RuntimeError("SAMPa has no first_step; call step(closure, next_closure)")
 
-    def _at_perturbed(self, closures: Sequence[Closure]) -> Tensor:
+    def _at_perturbed(self, closures: Sequence[Closure]) -> tuple[dict[Tensor, Tensor], Tensor]:
+        """The gradient at x + rho g / ‖g‖, for the g in `.grad`, and the loss there."""
         try:
             self._perturb(self._gradients())
-            return self._run(closures)
+            loss = self._run(closures)
         finally:
             self._restore()
+        return self._grads(), loss
 
-    def _gradient_ahead(self, closures: Sequence[Closure]) -> None:
-        """Leave the gradient at y in `.grad`; weights, buffers and the base optimizer's state stay as they were."""
-        state = {weight: dict(values) for weight, values in self.state.items()}
-        copies = {weight: {name: _clone(value) for name, value in values.items()} for weight, values in state.items()}
-        self._save([group["params"] for group in self.param_groups])
+    def _at_y(
+        self, ahead: dict[Tensor, Tensor], closures: Sequence[Closure]
+    ) -> tuple[dict[Tensor, Tensor], Tensor | None]:
+        """The gradient at y; weights, buffers and the base optimizer's state stay as they were."""
+        if not closures:
+            return {}, None
+        copies = {
+            weight: {name: _clone(value) for name, value in values.items()} for weight, values in self.state.items()
+        }
+        self._put(ahead)
+        self._save([self._weights()])
         try:
             self.base_optimizer.step()
             with _kept_buffers(self):
-                self._run(closures)
+                loss = self._run(closures)
         finally:
             self._restore()
             self.state.clear()
             self.state.update(copies)
+        return self._grads(), loss
+
+    def _exchanged(self, parts: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Both gradients with their losses: the first process computes the one, the second the other."""
+        me = dist.get_rank(self.process_group)
+        if me == 1:
+            self._first_norm = torch.zeros(())  # that of the perturbation, which the first process looks at
+        own = self._packed(*parts[me]())
+        messages = [own if me == source else torch.empty_like(own) for source in (0, 1)]
+        for source, message in enumerate(messages):
+            dist.broadcast(message, group_src=source, group=self.process_group)
+        for buffer in self.model.buffers() if self.model is not None else ():
+            dist.broadcast(buffer, group_src=0, group=self.process_group)  # batch norm saw the batch there
+        return [self._unpacked(message) for message in messages]
+
+    def _packed(self, grads: dict[Tensor, Tensor], loss: Tensor | None) -> Tensor:
+        """One message: every gradient, zeros where there is none; which there are; and the loss."""
+        weights = self._weights()
+        parts = [grads.get(weight, torch.zeros_like(weight)).flatten() for weight in weights]
+        there = parts[0].new_tensor([weight in grads for weight in weights])
+        return torch.cat([*parts, there, parts[0].new_zeros(1) if loss is None else loss.to(parts[0]).reshape(1)])
+
+    def _unpacked(self, message: Tensor) -> tuple[dict[Tensor, Tensor], Tensor]:
+        weights = self._weights()
+        *parts, there, loss = torch.split(message, [*(weight.numel() for weight in weights), len(weights), 1])
+        known = zip(weights, parts, there.tolist(), strict=True)
+        return {weight: part.view_as(weight) for weight, part, given in known if given}, loss[0]
+
+    def _weights(self) -> list[Tensor]:
+        return [weight for group in self.param_groups for weight in group["params"]]
 
     def _grads(self) -> dict[Tensor, Tensor]:
-        weights = (weight for group in self.param_groups for weight in group["params"])
-        return {weight: weight.grad.clone() for weight in weights if weight.grad is not None}
+        return {weight: weight.grad.clone() for weight in self._weights() if weight.grad is not None}
 
     def _put(self, grads: dict[Tensor, Tensor]) -> None:
-        for group in self.param_groups:
-            for weight in group["params"]:
-                weight.grad = grads.get(weight)
+        for weight in self._weights():
+            weight.grad = grads.get(weight)
 
     def _recall(self) -> bool:
         """Put the gradient at y into `.grad`, if the last step left one."""

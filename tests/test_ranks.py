@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from conftest import process
 from torch import nn
 
-from samlite import Hessian, tasks
+from samlite import Hessian, SAMPa, tasks
 from samlite.config import Config
 from samlite.optimizers import Closures, optimizer_of, parallel
 
@@ -93,6 +93,28 @@ def train(perturb: str, m: int = 0, accumulate: int = 1) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def sampa(group: Any = None) -> torch.Tensor:
+    """The weights after some steps of SAMPa; with a group the two gradients of a step are on two processes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+    inputs, targets = data()
+    optimizer = SAMPa(
+        model.parameters(), torch.optim.SGD, rho=0.1, model=model, lr=0.1, momentum=0.9, process_group=group
+    )
+
+    def closure(i: int) -> Any:
+        def run() -> torch.Tensor:
+            loss = nn.functional.cross_entropy(model(inputs[i : i + 9]), targets[i : i + 9])
+            loss.backward()
+            return loss
+
+        return run
+
+    for i in range(8):
+        optimizer.step(closure(i), closure(i + 1) if i < 7 else None)
+    return torch.cat([tensor.double().flatten() for tensor in model.state_dict().values()])
+
+
 def work(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -110,6 +132,7 @@ def work(rank: int, port: int, folder: str) -> None:
         "accumulated": train("global", accumulate=3),
         "local": train("local"),
         "local m": train("local", m=9),
+        "sampa": sampa(dist.group.WORLD),
     }
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -150,6 +173,7 @@ def test_training_on_two_ranks_is_that_on_one(found: Any) -> None:
         "global": train("global"),
         "accumulated": train("global"),
         "local": train("global", m=18),  # each rank is a group of m-SAM
+        "sampa": sampa(),
     }
     for name, weights in alone.items():
         assert (found[0]["training"][name] - weights).abs().max() < 1e-12, name
