@@ -1,4 +1,4 @@
-"""The price of one SAM step, in SGD steps: samlite beside a plain textbook SAM.
+"""The price of one step of SAM and its variants, in SGD steps: samlite beside a plain textbook SAM.
 
     python bench/sam_step.py [--case mlp,resnet18] [--repeats N]
 
@@ -6,7 +6,7 @@ All variants train their own copy of one network on one random batch of 128, wit
 each repeat every variant runs the same few steps, in an order that rotates, and its time is divided by that of
 SGD in the same repeat. "two gradients" is SGD that takes its gradient twice: what no SAM can go below. Textbook
 SAM loops over the parameters, and leaves out what samlite does besides: exact restoring, the test of both
-gradients, replayed random state, kept buffers.
+gradients, replayed random state, kept buffers. AgnosticSAM takes four gradients, the others two.
 """
 
 import argparse
@@ -22,45 +22,28 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from samlite import SAM, __version__
-from samlite.models import mlp
+from samlite import SAM, AgnosticSAM, FriendlySAM, SAMPa, __version__
+from samlite.models import mlp, resnet18
 
 BATCH, RHO = 128, 0.05
 SGD = {"lr": 0.01, "momentum": 0.9}
 Step = Callable[[], object]
 
 
-class Block(nn.Module):
-    """The basic residual block of He et al. 2016."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.skip = nn.Sequential()
-        if stride > 1 or inputs != outputs:
-            self.skip = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.skip(x))
-
-
-def resnet18(width: int) -> nn.Module:
-    """ResNet-18 for 32x32 images: a 3x3 stem and stages of 1, 2, 4 and 8 times the width."""
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    inputs = width
-    for outputs, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
-        layers += [Block(inputs, outputs, stride), Block(outputs, outputs, 1)]
-        inputs = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
+def small_resnet() -> nn.Module:
+    return resnet18(16, mean=[0.5] * 3, std=[0.25] * 3, outputs=10)
 
 
 # name: (network, shape of one input, steps a repeat, repeats)
 CASES = {
     "mlp": ("MLP 784-300-100-10", lambda: mlp(784, 300, 100, 10), (784,), 20, 60),
-    "resnet18": ("ResNet-18, 16 filters", lambda: resnet18(16), (3, 32, 32), 1, 25),
+    "resnet18": (
+        "ResNet-18, 16 filters",
+        lambda: resnet18(16, mean=[0.5] * 3, std=[0.25] * 3, outputs=10),
+        (3, 32, 32),
+        1,
+        25,
+    ),
 }
 
 
@@ -118,16 +101,19 @@ def variants(network: nn.Module, inputs: Tensor, targets: Tensor) -> dict[str, S
         optimizer = TextbookSAM(weights, torch.optim.SGD(weights, **SGD))
         return lambda: optimizer.step(run)
 
-    def samlite(model: nn.Module) -> Step:
+    def samlite(model: nn.Module, kind: type[SAM], closures: int = 1) -> Step:
         run = closure(model)
-        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=RHO, model=model, **SGD)
-        return lambda: optimizer.step(run)
+        optimizer = kind(model.parameters(), torch.optim.SGD, rho=RHO, model=model, **SGD)
+        return lambda: optimizer.step(*[run] * closures)
 
     return {
         "SGD": sgd(copy.deepcopy(network), 1),
         "two gradients": sgd(copy.deepcopy(network), 2),
         "textbook SAM": textbook(copy.deepcopy(network)),
-        "samlite.SAM": samlite(copy.deepcopy(network)),
+        "samlite.SAM": samlite(copy.deepcopy(network), SAM),
+        "FriendlySAM": samlite(copy.deepcopy(network), FriendlySAM),
+        "AgnosticSAM": samlite(copy.deepcopy(network), AgnosticSAM, 2),
+        "SAMPa": samlite(copy.deepcopy(network), SAMPa, 2),
     }
 
 

@@ -1,4 +1,5 @@
 import io
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from samlite.config import Config
 from samlite.tasks import TASKS, Splits, Task, TensorData, get
 from samlite.tasks.synthetic import NOISE, teacher
 from samlite.tasks.task import hold_out
+from samlite.training import train
 
 OFFLINE = [task for task in TASKS.values() if task.source is None]
 
@@ -189,3 +191,13 @@ def test_real_mnist_is_whole_and_normalised(real_data: Path) -> None:
     assert sorted(data.train.targets.unique().tolist()) == list(range(10))
     # The constants are those of all 60,000 training images; a subset of thousands is within 2 %.
     assert abs(data.train.inputs.mean().item()) < 0.02 and abs(data.train.inputs.std().item() - 1) < 0.02
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["digits", "synthetic", "cartpole"])  # those that need no data
+@pytest.mark.parametrize("optimizer", ["sgd", "sam"])
+def test_a_task_trains_on_a_gpu(tmp_path: Path, name: str, optimizer: str) -> None:
+    choices = {"optimizer": optimizer, "base": "sgd", "lr": 1e-3, "epochs": 2, "width": 8, "device": "cuda"}
+    records = list(train(Config.of(name, **choices), tmp_path))
+    assert len(records) == 2 and all(math.isfinite(record.train_loss) for record in records)
