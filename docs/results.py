@@ -20,6 +20,7 @@ import torch
 
 from samlite import figures
 from samlite.convergence import convergence
+from samlite.cost import costs
 from samlite.intervals import Interval
 from samlite.report import Report, percent, summarize
 from samlite.solutions import solutions
@@ -58,16 +59,16 @@ EXPERIMENTS = (
     Experiment(
         "mnist-noise",
         "MNIST with label noise",
-        "mnist --data DATA/mnist --widths 37,150,600 --seeds 3 --epochs 15 --label-noises 0.25,0.5",
+        "mnist --data DATA/mnist --widths 37,150,600 --seeds 3 --epochs 15 --label-noises 0.25,0.5 --rhos 0.05,0.1,0.2",
         "the benefit grows with width, and more so with label noise",
-        "7,200 of the 54,000 training images, 15 of 100 epochs",
+        "7,200 of the 54,000 training images, 15 of 100 epochs; rho is selected on validation",
     ),
     Experiment(
         "mnist-sparse",
         "MNIST, dense and sparse",
         "mnist --data DATA/mnist --widths 37,150,600 --seeds 3 --epochs 15 --sparsities 0,0.9",
         "at equal parameters SAM gains more on the sparse, wider network",
-        "as above; random masks",
+        "the same short training, rho of the recipe; random masks",
     ),
     Experiment(
         "sst2",
@@ -126,6 +127,22 @@ EXPERIMENTS = (
         "digits --widths 16,64,256 --seeds 3 --linearize --measure none",
         "SAM's benefit vanishes where training is lazy",
     ),
+    Experiment(
+        "variants-digits",
+        "Variants of SAM on digits",
+        "digits --widths 64 --optimizers sgd,sam,friendly,agnostic,sampa --seeds 3 --epochs 60 --schedule constant "
+        "--measure none",
+        "(not of this paper) each variant was proposed as better than SAM",
+        "the radius of each is that of SAM; sigma, lmbda and rho_val are the defaults",
+    ),
+    Experiment(
+        "variants-mnist",
+        "Variants of SAM on MNIST",
+        "mnist --data DATA/mnist --widths 150 --optimizers sgd,sam,friendly,agnostic,sampa --seeds 3 --epochs 15 "
+        "--schedule constant --lr 0.05 --measure none",
+        "(not of this paper) each variant was proposed as better than SAM",
+        "as above",
+    ),
 )
 
 
@@ -181,16 +198,18 @@ def _section(experiment: Experiment) -> str:
     report = summarize(folder)
     picture = ROOT / "results" / f"{experiment.name}.png"
     picture.parent.mkdir(exist_ok=True)
-    if experiment.name == "convergence":
-        figures.convergence(convergence(folder), picture)
-    else:
-        figures.by_width(report, picture)
     lines = [f"## {experiment.title}", f"```bash\nsamlite sweep {experiment.options}\n```", _table(report)]
     if experiment.name == "convergence":
-        lines.append(_rates(folder))
+        figures.convergence(convergence(folder), picture)
+        lines += [_rates(folder)]
+    elif experiment.name.startswith("variants"):
+        figures.cost(costs(folder), picture)
+        lines += [_costs(folder)]
+    else:
+        figures.by_width(report, picture)
     if experiment.name == "digits":
         lines += [_solutions(folder)]
-    lines += [f"![{experiment.title}](results/{experiment.name}.png)", _verdict(experiment, report)]
+    lines += [f"![{experiment.title}](results/{experiment.name}.png)", _verdict(experiment, report, folder)]
     return "\n\n".join(lines)
 
 
@@ -247,11 +266,78 @@ def _solutions(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _verdict(experiment: Experiment, report: Report) -> str:
-    """What the intervals say, and whether that is what the paper says."""
-    parts = [_of_condition(report, condition) for condition in _conditions(report)]
+def _costs(folder: Path) -> str:
+    found = costs(folder)
+    lines = [f"At equal gradient evaluations, {found[0].budget:,} (`samlite report --by cost`):", ""]
+    lines += ["| optimizer | epochs | validation % within the budget | gradients in all | validation % at the end |"]
+    lines += ["| --- " * 5 + "|"]
+    for each in found:
+        row = [each.group.optimizer, f"{each.epochs:.3g}", _pm(each.at_budget, 100)]
+        lines.append(f"| {' | '.join([*row, f'{each.gradients:,}', _pm(each.at_end, 100)])} |")
+    return "\n".join(lines)
+
+
+def _verdict(experiment: Experiment, report: Report, folder: Path) -> str:
+    """What the intervals say beside what the paper says."""
+    if experiment.name.startswith("variants"):
+        here = _of_variants(report)
+    elif experiment.name == "convergence":
+        here = _of_rates(folder)
+    elif experiment.name == "rhos":
+        chosen = {row.width: row.optimizers["sam"].rho for row in report.rows}
+        grows = sorted(chosen.values(), key=lambda rho: rho or 0) == list(chosen.values())
+        values = ", ".join(f"{rho:g} at width {width}" for width, rho in chosen.items())
+        moves = "does not fall with width" if grows else "does not grow steadily with width"
+        here = f"the best of five is {values}: it {moves}, and three widths show no more than that."
+    else:
+        here = " ".join(_of_condition(report, condition) for condition in _conditions(report))
+        here += _of_minima(report)
     note = f" Setting: {experiment.note}." if experiment.note else ""
-    return f"The paper: {experiment.says}. Here: {' '.join(parts)}{note}"
+    return f"The claim: {experiment.says}. Here: {here}{note}"
+
+
+def _of_variants(report: Report) -> str:
+    (row,) = report.rows
+    gains = {name: outcome.improvement for name, outcome in row.optimizers.items() if outcome.improvement}
+    better = [name for name, gain in gains.items() if gain.mean > (gain.half_width or 0)]
+    sam = row.optimizers["sam"].metric
+    beyond = [
+        name
+        for name, outcome in row.optimizers.items()
+        if name not in ("sgd", "sam")
+        and outcome.metric.mean - sam.mean > ((outcome.metric.half_width or 0) ** 2 + (sam.half_width or 0) ** 2) ** 0.5
+    ]
+    return (
+        f"at equal epochs {' and '.join(better) or 'none'} beat SGD beyond the interval, and "
+        f"{' and '.join(beyond) or 'no variant'} beat SAM beyond the combined intervals; the table above has them at "
+        "equal cost."
+    )
+
+
+def _of_rates(folder: Path) -> str:
+    found = [each for each in convergence(folder) if each.rate and each.r2 and each.group.rho is not None]
+    straight = ", ".join(f"{each.r2.mean:.3f} at width {each.group.width}" for each in found if each.r2)
+    rates = [each.rate.mean for each in found if each.rate]
+    faster = "grows with width" if rates == sorted(rates) else "does not grow steadily with width"
+    return f"under SAM R² of the straight line is {straight}, and its rate {faster}."
+
+
+def _of_minima(report: Report) -> str:
+    """Which of the quantities of SAM's minima are smaller, at which widths."""
+    words = []
+    for name in ("a", "s_2", "s_3", "s_4"):
+        found = [
+            (row, each)
+            for row in report.rows
+            if "sam" in row.optimizers
+            if (each := row.optimizers["sam"].comparisons.get(name)) and each.verdict
+        ]
+        smaller = [row for row, each in found if each.verdict == "smaller"]
+        larger = [row for row, each in found if each.verdict == "larger"]
+        if found:
+            text = f"{name} is smaller at SAM's minima in {len(smaller)} of {len(found)} places"
+            words.append(text + (f" and larger in {len(larger)}" if larger else ""))
+    return f" Beyond the intervals, {'; '.join(words)}." if words else ""
 
 
 def _conditions(report: Report) -> list[dict[str, float]]:
@@ -275,7 +361,7 @@ def _of_condition(report: Report, condition: dict[str, float]) -> str:
         sure = abs(last.mean - first.mean) > ((last.half_width or 0) ** 2 + (first.half_width or 0) ** 2) ** 0.5
         text += f"; its mean gain is {change} at the largest width than at the smallest"
         text += " (beyond the combined intervals)." if sure else " (within the intervals)."
-    return text
+    return text if text.endswith(".") else text + "."
 
 
 if __name__ == "__main__":
