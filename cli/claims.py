@@ -1,8 +1,8 @@
 """The views of `samlite report` on the paper's other claims."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from samlite.cli.console import interval, print_json, stdout, table
 
@@ -15,31 +15,16 @@ def present_convergence(folder: Path, as_json: bool, path: Path | None) -> None:
     from samlite import figures
     from samlite.convergence import convergence
 
-    found = convergence(folder)
-    if path:
-        figures.convergence(found, path)
-    if as_json:
-        print_json([each.to_json() for each in found])
-        return
-    names = _conditions([each.group for each in found])
-    view = table(
+    _present(
+        convergence(folder),
+        as_json,
+        path,
+        figures.convergence,
         "linear convergence: ln(training loss) against the step",
-        *names,
-        ">width",
-        ">params",
-        "optimizer",
-        ">n",
-        ">rate (1e-3 a step)",
-        ">R²",
+        (">n", ">rate (1e-3 a step)", ">R²"),
+        lambda each: [str(len(each.curves)), interval(each.rate, 1e3), interval(each.r2)],
+        "Rate: fall of ln(loss) a step, by least squares over all epochs; ±: 95 % Student-t over seeds.",
     )
-    for each in found:
-        n = str(len(each.curves))
-        view.add_row(*_place(each.group, each.parameters), n, interval(each.rate, 1e3), interval(each.r2))
-    stdout.print(view)
-    stdout.print(
-        "Rate: fall of ln(loss) a step, by least squares over all epochs; ±: 95 % Student-t over seeds.", style="dim"
-    )
-    _say_figure(path)
 
 
 def present_solutions(folder: Path, as_json: bool, path: Path | None) -> None:
@@ -47,43 +32,24 @@ def present_solutions(folder: Path, as_json: bool, path: Path | None) -> None:
     from samlite import figures
     from samlite.solutions import solutions
 
-    found = solutions(folder)
-    if path:
-        figures.solutions(found, path)
-    if as_json:
-        print_json([each.to_json() for each in found])
-        return
-    names = _conditions([each.group for each in found])
-    view = table(
+    _present(
+        solutions(folder),
+        as_json,
+        path,
+        figures.solutions,
         "interpolating solutions by width",
-        *names,
-        ">width",
-        ">params",
-        "optimizer",
-        ">interpolate",
-        ">test metric",
-        ">spread",
-        ">spread of ln a",
-        ">‖w − w₀‖",
-        ">to base",
-    )
-    for each in found:
-        view.add_row(
-            *_place(each.group, each.parameters),
+        (">interpolate", ">test metric", ">spread", ">spread of ln a", ">‖w − w₀‖", ">to base"),
+        lambda each: [
             f"{each.interpolating} of {each.runs}",
             interval(each.metric),
             _number(each.metric_spread),
             _number(each.sharpness_spread),
             interval(each.travelled),
             interval(each.apart),
-        )
-    stdout.print(view)
-    note = (
+        ],
         "Spread: standard deviation over seeds. ‖w − w₀‖: from the first weights. To base: from SAM's solution to that "
-        "of its base optimizer, from the same first weights. ±: 95 % Student-t over seeds."
+        "of its base optimizer, from the same first weights. ±: 95 % Student-t over seeds.",
     )
-    stdout.print(note, style="dim")
-    _say_figure(path)
 
 
 def present_cost(folder: Path, as_json: bool, path: Path | None) -> None:
@@ -93,42 +59,49 @@ def present_cost(folder: Path, as_json: bool, path: Path | None) -> None:
     from samlite.report import percent
 
     found = costs(folder)
-    if path:
-        figures.cost(found, path)
-    if as_json:
-        print_json([each.to_json() for each in found])
-        return
-    metric, scale = found[0].metric.replace("_", " "), percent(found[0].metric)
-    names = _conditions([each.group for each in found])
-    view = table(
-        f"validation {metric}{' %' * (scale == 100)} at equal cost",
-        *names,
-        ">width",
-        ">params",
-        "optimizer",
-        ">budget",
-        ">epochs",
-        ">at budget",
-        ">in all",
-        ">at the end",
-    )
-    for each in found:
-        view.add_row(
-            *_place(each.group, each.parameters),
+    scale = percent(found[0].metric)
+    _present(
+        found,
+        as_json,
+        path,
+        figures.cost,
+        f"validation {found[0].metric.replace('_', ' ')}{' %' * (scale == 100)} at equal cost",
+        (">budget", ">epochs", ">at budget", ">in all", ">at the end"),
+        lambda each: [
             f"{each.budget:,}",
             f"{each.epochs:.3g}",
             interval(each.at_budget, scale),
             f"{each.gradients:,}",
             interval(each.at_end, scale),
-        )
+        ],
+        "Budget and in all: gradient evaluations of a batch. ±: 95 % Student-t over seeds.",
+    )
+
+
+def _present(
+    found: Sequence[Any],
+    as_json: bool,
+    path: Path | None,
+    draw: Callable[[Sequence[Any], Path], None],
+    title: str,
+    columns: Sequence[str],
+    cells: Callable[[Any], list[str]],
+    note: str,
+) -> None:
+    """A row a group, or JSON, and a figure if asked."""
+    if path:
+        draw(found, path)
+    if as_json:
+        print_json([each.to_json() for each in found])
+        return
+    conditions = [f">{name.replace('_', ' ')}" for name, _ in found[0].group.condition]
+    view = table(title, *conditions, ">width", ">params", "optimizer", *columns)
+    for each in found:
+        view.add_row(*_place(each.group, each.parameters), *cells(each))
     stdout.print(view)
-    note = "Budget and in all: gradient evaluations of a batch. ±: 95 % Student-t over seeds."
     stdout.print(note, style="dim")
-    _say_figure(path)
-
-
-def _conditions(groups: "Sequence[Group]") -> list[str]:
-    return [f">{name.replace('_', ' ')}" for name, _ in groups[0].condition]
+    if path:
+        stdout.print(f"figure: {path}")
 
 
 def _place(group: "Group", parameters: int) -> list[str]:
@@ -138,8 +111,3 @@ def _place(group: "Group", parameters: int) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2g}"
-
-
-def _say_figure(path: Path | None) -> None:
-    if path:
-        stdout.print(f"figure: {path}")

@@ -1,15 +1,19 @@
 """What figures share: how one begins and ends, its curves and axes. Matplotlib is imported when one is drawn."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from samlite.checkpoints import replacing
+from samlite.groups import described
 from samlite.report import count_in_short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+COLUMNS = 3  # of panels
 
 
 def new_figure(size: tuple[float, float]) -> "Figure":
@@ -19,6 +23,25 @@ def new_figure(size: tuple[float, float]) -> "Figure":
     except ImportError as error:
         raise ImportError("a figure needs matplotlib: pip install 'samlite[plot]'") from error
     return Figure(figsize=size, layout="constrained")
+
+
+def panels_by_place(found: Sequence[Any], share_y: bool = False) -> tuple["Figure", list[tuple["Axes", list[Any]]]]:
+    """A figure with a panel for each width and condition, and what belongs there of things with a `group`."""
+    places = list(dict.fromkeys((each.group.condition, each.group.width) for each in found))
+    columns = min(COLUMNS, len(places))
+    rows = math.ceil(len(places) / columns)
+    figure = new_figure((3.2 * columns + 1, 2.8 * rows + 0.4))
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=share_y).flatten()
+    for panel in panels[len(places) :]:
+        panel.set_visible(False)
+    filled = []
+    for panel, place in zip(panels, places, strict=False):
+        here = [each for each in found if (each.group.condition, each.group.width) == place]
+        condition = "".join(f", {part}" for part in (described(place[0]),) if part)
+        panel.set_title(f"width {place[1]}, {count_in_short(here[0].parameters)} parameters{condition}", fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+        filled.append((panel, here))
+    return figure, filled
 
 
 def save(figure: "Figure", path: Path) -> None:

@@ -7,37 +7,24 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from samlite.convergence import FLOOR, Convergence
-from samlite.figures.canvas import new_figure, save
-from samlite.report import count_in_short
+from samlite.figures.canvas import panels_by_place, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLUMNS = 3
 
-
-def convergence(found: Sequence[Convergence], path: Path, title: str = "") -> None:
+def convergence(found: Sequence[Convergence], path: Path) -> None:
     """A panel a width and condition: the loss of every run, and for each group its mean rate, dashed."""
-    places = list(dict.fromkeys((each.group.condition, each.group.width) for each in found))
-    columns = min(COLUMNS, len(places))
-    rows = math.ceil(len(places) / columns)
-    figure = new_figure((3.2 * columns + 1, 2.8 * rows + 0.4))
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    figure, places = panels_by_place(found, share_y=True)
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(each.group.label for each in found))}
-    for panel, place in zip(panels, places, strict=False):
-        here = [each for each in found if (each.group.condition, each.group.width) == place]
+    for panel, here in places:
         for each in here:
             _draw(panel, each, colors[each.group.label])
         panel.set_yscale("log")
-        panel.set_title(f"width {place[1]}, {count_in_short(here[0].parameters)} parameters", fontsize=10)
         panel.set_xlabel("step")
         panel.legend(frameon=False, fontsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
-    for panel in panels[len(places) :]:
-        panel.set_visible(False)
-    for panel in panels[::columns]:
-        panel.set_ylabel("training loss")
-    figure.suptitle(title or "Linear convergence: training loss, and the mean rate (dashed)", fontsize=11)
+    places[0][0].set_ylabel("training loss")
+    figure.suptitle("Linear convergence: training loss, and the mean rate (dashed)", fontsize=11)
     save(figure, path)
 
 

@@ -8,7 +8,7 @@ from samlite.intervals import Interval
 from samlite.solutions import Solutions
 
 
-def solutions(found: Sequence[Solutions], path: Path, title: str = "") -> None:
+def solutions(found: Sequence[Solutions], path: Path) -> None:
     """Three panels of the interpolating runs. Raises ValueError where there are none."""
     inside = [each for each in found if each.interpolating]
     if not inside:
@@ -34,7 +34,7 @@ def solutions(found: Sequence[Solutions], path: Path, title: str = "") -> None:
     for panel in (travelled, apart, spread):
         label_parameters(panel, sorted({each.parameters for each in inside}))
     travelled.legend(frameon=False, fontsize=8)
-    figure.suptitle(title or "Interpolating solutions by width (bands: 95 % intervals)", fontsize=11)
+    figure.suptitle("Interpolating solutions by width (bands: 95 % intervals)", fontsize=11)
     save(figure, path)
 
 
