@@ -385,7 +385,14 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     assert config.augment
 
 
-@pytest.mark.parametrize(("task", "width"), [("cifar10", 2), ("vit", 4), ("imagenet", 1)])
+@pytest.mark.parametrize(
+    ("task", "width"),
+    [
+        ("cifar10", 2),
+        pytest.param("vit", 4, marks=pytest.mark.slow),
+        pytest.param("imagenet", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_eigenvalues_and_moments_of_a_run_are_measured(
     cli: Callable[..., Result], cifar: Path, folders: Path, tmp_path: Path, task: str, width: int
 ) -> None:
