@@ -356,12 +356,21 @@ def _of_condition(report: Report, condition: dict[str, float]) -> str:
     ] * bool(worse)
     text = f"{where + ': ' if where else ''}SAM is {', '.join(said) or 'told apart from its baseline at no width'}"
     first, last = gains[min(gains)], gains[max(gains)]
-    if first and last:
-        change = "larger" if last.mean > first.mean else "not larger"
-        sure = abs(last.mean - first.mean) > ((last.half_width or 0) ** 2 + (first.half_width or 0) ** 2) ** 0.5
-        text += f"; its mean gain is {change} at the largest width than at the smallest"
-        text += " (beyond the combined intervals)." if sure else " (within the intervals)."
-    return text if text.endswith(".") else text + "."
+    return f"{text}: {_judgement(first, last)}." if first and last else f"{text}."
+
+
+def _judgement(first: Interval, last: Interval) -> str:
+    """On the claim that the gain grows with width, from those at the smallest and at the largest width."""
+    half = last.half_width or 0
+    grows = last.mean - first.mean > (half**2 + (first.half_width or 0) ** 2) ** 0.5
+    if last.mean > half:
+        return "this agrees" if grows else "this agrees in part, as the gain does not grow beyond the intervals"
+    if grows:
+        below = "below" if last.mean < -half else "not told from"
+        return f"this agrees in trend alone, as the gain grows with width but is {below} zero at the largest"
+    if last.mean < -half:
+        return "this disagrees"
+    return "this neither shows nor excludes it"
 
 
 if __name__ == "__main__":
