@@ -101,10 +101,10 @@ EXPERIMENTS = (
     Experiment(
         "cifar10",
         "CIFAR-10, ResNet-18",
-        "cifar10 --data DATA/cifar10 --widths 2,4,6 --seeds 3 --epochs 3 --threads 1 --schedule cosine --batch-size 64 "
+        "cifar10 --data DATA/cifar10 --widths 2,4,6 --seeds 3 --epochs 2 --threads 1 --schedule cosine --batch-size 64 "
         "--lr 0.05 --measure none",
         "SAM's benefit grows with width",
-        "9,000 of the 45,000 training images, 2 to 6 filters, 3 of 200 epochs; " + UNTUNED,
+        "9,000 of the 45,000 training images, 2 to 6 filters, 2 of 200 epochs; " + UNTUNED,
     ),
     Experiment(
         "convergence",
