@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     "--optimizers",
     callback=options.optimizers,
     metavar="NAME,...",
-    help="Of sgd, adam, adamw, sam; default the task's baseline and sam.",
+    help="Of sgd, adam, adamw, sam, friendly, agnostic, sampa; default the task's baseline and sam.",
 )
 @click.option("--seeds", type=int, default=3, show_default=True, help="How many, counted from 0.")
 @click.option(
@@ -98,7 +98,10 @@ def sweep(
     from samlite import sweep as sweeps
     from samlite.engines import Cluster, Local
 
-    overrides = read_recipe(config) | {name: value for name, value in recipe.items() if value is not None}
+    overrides, given = read_recipe(config), {name: value for name, value in recipe.items() if value is not None}
+    if "settings" in overrides and "settings" in given:
+        given["settings"] = {**overrides["settings"], **given["settings"]}
+    overrides |= given
     settings = {"base": base, "data": data, "device": device}
     conditions = {"label_noises": label_noises, "sparsities": sparsities, "weight_decays": weight_decays}
     swept: dict[str, Any] = {name: values or () for name, values in conditions.items()}

@@ -59,9 +59,9 @@ EXPERIMENTS = (
     Experiment(
         "mnist-noise",
         "MNIST with label noise",
-        "mnist --data DATA/mnist --widths 37,150,600 --seeds 3 --epochs 15 --label-noises 0.25,0.5 --rhos 0.05,0.1,0.2",
+        "mnist --data DATA/mnist --widths 37,150,600 --seeds 3 --epochs 15 --label-noises 0.25,0.5",
         "the benefit grows with width, and more so with label noise",
-        "7,200 of the 54,000 training images, 15 of 100 epochs; rho is selected on validation",
+        "7,200 of the 54,000 training images, 15 of 100 epochs; rho of the recipe",
     ),
     Experiment(
         "mnist-sparse",
@@ -101,15 +101,15 @@ EXPERIMENTS = (
     Experiment(
         "cifar10",
         "CIFAR-10, ResNet-18",
-        "cifar10 --data DATA/cifar10 --widths 2,4,6 --seeds 3 --epochs 2 --threads 1 --schedule cosine --batch-size 64 "
+        "cifar10 --data DATA/cifar10 --widths 2,4,6 --seeds 3 --epochs 3 --threads 1 --schedule cosine --batch-size 64 "
         "--lr 0.05 --measure none",
         "SAM's benefit grows with width",
-        "9,000 of the 45,000 training images, 2 to 6 filters, 2 of 200 epochs; " + UNTUNED,
+        "9,000 of the 45,000 training images, 2 to 6 filters, 3 of 200 epochs; " + UNTUNED,
     ),
     Experiment(
         "convergence",
         "Linear convergence",
-        "synthetic --widths 192,800,1920 --seeds 3 --epochs 100 --lr 0.02 --momentum 0 --schedule constant --rho 0.05 "
+        "synthetic --widths 192,800,1920 --seeds 3 --epochs 100 --lr 0.02 --momentum 0 --schedule constant --rhos 0.05 "
         "--batch-size 1000 --measure none",
         "an overparameterised network converges linearly under SAM",
         "full batch, constant learning rate, no momentum",

@@ -193,7 +193,7 @@ class Config:
             path = Path(values["data"])
             if path.is_dir() or (path.suffix and path.is_file()):  # a file named like a hub id hides no data set
                 values["data"] = str(path.resolve())  # found again from anywhere
-        return cls(task=task, **values)
+        return cls(task=task, **_floats(values))
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], origin: object) -> "Config":
@@ -201,7 +201,7 @@ class Config:
         try:
             values = {f.name: document[f.name] for f in fields(cls) if f.name in document or f.default is MISSING}
             values["settings"] = tuple(sorted(values.get("settings", {}).items()))
-            return cls(**{**values, "milestones": tuple(values["milestones"])})
+            return cls(**_floats({**values, "milestones": tuple(values["milestones"])}))
         except KeyError as error:
             raise ValueError(f"{origin} must hold the field {error}") from None
         except (AttributeError, TypeError, ValueError) as error:
@@ -248,6 +248,17 @@ def check_recipe(recipe: Mapping[str, Any]) -> None:
             near = get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"a recipe holds {', '.join(names)}, got {name!r}{hint}")
+    if not isinstance(recipe.get("settings", {}), Mapping):
+        raise ValueError(f"settings must be numbers by name, got {recipe['settings']!r}")
+
+
+def _floats(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole numbers as floats where either may stand, so that 1 and 1.0 give one name."""
+    names = ("rho", "lr", "momentum", "weight_decay", "dropout", "label_noise", "sparsity", "clip")
+    return {
+        name: float(value) if name in names and isinstance(value, int) and not isinstance(value, bool) else value
+        for name, value in values.items()
+    }
 
 
 def _check_settings(settings: tuple[tuple[str, float], ...], task: tasks.Task) -> None:

@@ -73,6 +73,8 @@ def _curve(folder: Path, seed: int) -> Curve:
     path = folder / "metrics.jsonl"
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not records:
+            raise ValueError("it is empty")
         steps, losses = [r["steps"] for r in records], [r["train_loss"] for r in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must hold the records of a run, a line an epoch ({error})") from None

@@ -75,6 +75,8 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not records:
+            raise ValueError("it is empty")
         return [{name: r[name] for name in ("gradient_evaluations", "validation_metric")} for r in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must hold the records of a run, a line an epoch ({error})") from None

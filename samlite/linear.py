@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class Linearized(nn.Module):
@@ -13,13 +14,16 @@ class Linearized(nn.Module):
     NeurIPS 2019.
 
     Raises:
-        ValueError: the network has batch norm, whose batch statistics have no fixed expansion.
+        ValueError: the network has batch norm, whose batch statistics have no fixed expansion, or recurrent layers,
+            which have no forward derivative.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         if any(isinstance(module, nn.modules.batchnorm._NormBase) for module in network.modules()):
             raise ValueError("linearize must go with a network without batch norm; choose another task")
+        if any(isinstance(module, nn.RNNBase) for module in network.modules()):
+            raise ValueError("linearize must go with a network without recurrent layers; choose another task")
         self.expanded = network
         self._names = [name for name, _ in network.named_parameters()]
         for i, parameter in enumerate(network.parameters()):
@@ -30,8 +34,9 @@ class Linearized(nn.Module):
         weights = dict(self.expanded.named_parameters())
         origin = {name: getattr(self, f"origin{i}") for i, name in enumerate(self._names)}
         step = {name: weights[name] - origin[name] for name in self._names}
-        value, slope = jvp(  # type: ignore[misc]  # (it may give three)
-            lambda at: functional_call(self.expanded, at, (inputs,)), (origin,), (step,)
-        )
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward derivative
+            value, slope = jvp(  # type: ignore[misc]  # (it may give three)
+                lambda at: functional_call(self.expanded, at, (inputs,)), (origin,), (step,)
+            )
         result: Tensor = value + slope
         return result

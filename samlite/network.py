@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from samlite import ranks
 from samlite.config import Config
 from samlite.linear import Linearized
+from samlite.seeds import generator
 from samlite.sparsity import choose, mask
 from samlite.tasks import Splits, Task
 
@@ -45,7 +46,7 @@ def random_state(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
 
 def _chosen(network: nn.Module, task: Task, config: Config, data: Splits) -> dict[str, Tensor]:
     def loss(model: nn.Module) -> Tensor:
-        batches = task.batches(model, data.train, config, torch.Generator().manual_seed(config.seed))
+        batches = task.batches(model, data.train, config, generator("pruning batch", config.seed))
         inputs, targets = next(batches)
         result: Tensor = task.loss(model.train()(inputs), targets)
         return result

@@ -12,7 +12,6 @@ from samlite.config import Config, usable_device
 from samlite.sparsity import masks_in
 from samlite.tasks import Splits, Task
 from samlite.tasks.noise import noisy
-from samlite.tasks.task import classes_of
 
 LABELS = "labels.safetensors"  # of a run with label noise
 
@@ -58,7 +57,7 @@ def load_data(task: Task, config: Config, folder: Path) -> Splits:
         if labels is None or labels.shape != data.train.targets.shape:
             raise ValueError(f"{folder / LABELS} does not hold the labels of this run's data; delete it")
     else:
-        classes = classes_of(task, data)
+        classes = task.classes_in(data)
         assert classes is not None  # the config was checked
         labels = noisy(data.train.targets, classes, config.label_noise, config.seed)
     return replace(data, train=replace(data.train, targets=labels))

@@ -94,7 +94,9 @@ def blocks(hessian: Hessian, k: int, tol: float, seed: int, progress: Progress |
     """See `Hessian.blocks`."""
     layers: dict[str, list[torch.nn.Parameter]] = {}
     for name, param in zip(hessian.names, hessian.params, strict=True):
-        layers.setdefault(name.rpartition(".")[0] or name, []).append(param)
+        name = name.replace(".parametrizations.weight.original", ".weight")  # of a masked layer
+        if param.numel():
+            layers.setdefault(name.rpartition(".")[0] or name, []).append(param)
     found = {}
     for layer, params in layers.items():
         block = hessian.restricted(params)

@@ -62,7 +62,7 @@ def solutions(folder: Path | str) -> list[Solutions]:
 
 def _shares(group: Group, sam: Config, other: Config) -> bool:
     """Whether the other run is of the base optimizer and differs by that and its seed alone."""
-    own = {name: getattr(sam, name) for name in ("seed", "optimizer", "rho", "every", "m")}
+    own = {name: getattr(sam, name) for name in ("seed", "optimizer", "rho", "every", "m", "perturb")}
     return group.rho is not None and other.optimizer == sam.base and replace(other, **own) == sam
 
 

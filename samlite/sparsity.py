@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from samlite.seeds import generator
+
 PRUNED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MASK = ".parametrizations.weight.0.mask"
 
@@ -54,7 +56,7 @@ def choose(
     """
     weights = _weights(model)
     if pruner == "random":
-        draw = torch.Generator().manual_seed(seed)
+        draw = generator("mask", seed)
         return {
             name: _largest([torch.rand(weight.shape, generator=draw)], sparsity)[0] for name, weight in weights.items()
         }

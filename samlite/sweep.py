@@ -75,6 +75,8 @@ def grid(
             for seed in range(seeds):
                 for method in methods:
                     cells.append(Config.of(task, recipe, width=width, seed=seed, **condition, **method, **settings))
+    for cell in cells:
+        tasks.get(task).configured(cell)  # what the task cannot do shows before anything is written
     return list(dict.fromkeys(cells))
 
 
@@ -221,7 +223,19 @@ def _merged(folder: Path, cells: Sequence[Config]) -> list[Config]:
 
 def _differences(old: Config, new: Config) -> str:
     """What two cells of one sweep must have in common, but do not."""
-    own = {"width", "optimizer", "base", "rho", "seed", "every", "m", "label_noise", "sparsity", "weight_decay"}
+    own = {
+        "width",
+        "optimizer",
+        "base",
+        "rho",
+        "seed",
+        "every",
+        "m",
+        "perturb",
+        "label_noise",
+        "sparsity",
+        "weight_decay",
+    }
     if not (old.sparsity and new.sparsity):
         own.add("pruner")
     if old.base != new.base:

@@ -34,6 +34,7 @@ from samlite.measure import SAMPLES
 from samlite.models import parameter_count
 from samlite.optimizers import Closures, optimizer_of, parallel, scaler_of
 from samlite.runs import LABELS, Run, check_folder, load_data, load_run, save_labels
+from samlite.seeds import generator
 from samlite.sparsity import masks_in
 from samlite.tasks import Splits, Task
 from samlite.tasks.task import Batch, Scores, hold_out
@@ -119,7 +120,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
         steps = records[-1].steps if records else 0
         trained, held_out = data.train, None
         if config.optimizer == "agnostic":
-            trained, rest = hold_out(data.train)
+            trained, rest = hold_out(data.train, draw=generator("held out", config.seed))
             held_out = _held_out(rest, config.batch_size, order)
         gradients = records[-1].gradient_evaluations if records else 0
         closures = Closures(forward, task, config, optimizer, held_out, gradients)

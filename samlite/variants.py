@@ -28,6 +28,7 @@ class FriendlySAM(SAM):
     """
 
     _kept = (*SAM._kept, "sigma", "lmbda")
+    _means: Sequence[tuple[Tensor, Tensor]] = ()  # of a step, to be kept if it is taken
 
     def __init__(
         self,
@@ -47,18 +48,20 @@ class FriendlySAM(SAM):
 
     def _ascend(self) -> None:
         shifted: list[Bucket] = []
-        self._means: list[tuple[Tensor, Tensor]] = []
+        means = []
         for group, weights, grads in self._gradients():
             directions = []
             for weight, grad in zip(weights, grads, strict=True):
                 mean = self.state[weight].get("mean_gradient", None) if weight in self.state else None
                 directions.append(grad if mean is None else grad - self.sigma * mean)
-                self._means.append((weight, grad.clone() if mean is None else mean.lerp(grad, 1 - self.lmbda)))
+                means.append((weight, grad.clone() if mean is None else mean.lerp(grad, 1 - self.lmbda)))
             shifted.append((group, weights, directions))
+        self._means = means
         self._perturb(shifted)
 
     def _stepped(self) -> None:
         _remember(self, "mean_gradient", self._means)
+        self._means = ()
 
 
 class AgnosticSAM(SAM):
@@ -265,7 +268,7 @@ def _mixed(first: dict[Tensor, Tensor], second: dict[Tensor, Tensor], share: flo
     return mixed
 
 
-def _remember(optimizer: SAM, name: str, values: list[tuple[Tensor, Tensor]]) -> None:
+def _remember(optimizer: SAM, name: str, values: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Keep a tensor of each weight in the state, where checkpoints find it.
 
     Only behind a step: Adam and others take a state that is not empty for their own.

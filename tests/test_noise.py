@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from samlite.tasks import TensorData, get
 from samlite.tasks.noise import noisy
 
 
@@ -38,3 +39,13 @@ def test_places_without_a_label_stay_and_do_not_count() -> None:
         0,
         1,
     }
+
+
+def test_noise_follows_neither_the_order_of_training_nor_what_is_measured() -> None:
+    n, rate = 4000, 0.25
+    changed = noisy(torch.zeros(n, dtype=torch.int64), 2, rate, seed=0) != 0
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))  # of the first epoch, and of a held-out part
+    task = get("digits")
+    (rows, _), _ = task.measured(task.model(8), TensorData(torch.arange(n)[:, None], torch.zeros(n)), n // 4, 0)
+    for part in (order[: n // 4], order[-n // 4 :], rows.flatten()):
+        assert abs(changed[part].double().mean() - rate) < 5 * (rate * (1 - rate) / (n // 4)) ** 0.5

@@ -105,3 +105,12 @@ def test_curvature_is_that_of_the_masked_subspace(float64: None) -> None:
         ]
         second = torch.stack([h @ h for h in singles]).mean(0) - dense @ dense
         torch.testing.assert_close(hessian.moment_operator(2) @ torch.eye(22), second, rtol=1e-8, atol=1e-10)
+
+
+def test_a_random_mask_does_not_follow_the_first_weights() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = nn.Linear(100, 100)
+    kept = layer.weight[choose(nn.Sequential(layer), 0.5, "random", loss, seed=0)["0"]]
+    assert abs((kept > 0).double().mean() - 0.5) < 5 * 0.5 / len(kept) ** 0.5  # five standard errors
+    assert abs(kept.mean() / layer.weight.std()) < 5 / len(kept) ** 0.5

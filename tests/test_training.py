@@ -14,6 +14,7 @@ from torch import nn
 from samlite import Hessian, checkpoints, tasks, training
 from samlite.checkpoints import load_weights
 from samlite.config import Config
+from samlite.tasks import TensorData
 from samlite.tracking import Tracker
 from samlite.training import TrackedRecord, TrainingError, learning_rate, load_run, train
 
@@ -540,3 +541,18 @@ def test_accumulation_is_the_training_of_whole_batches(tmp_path: Path) -> None:
     one, five = (load_weights(tmp_path / str(parts) / "model.safetensors") for parts in (1, 5))
     for name, weight in one.items():  # float32; the last batch of four samples has four parts
         torch.testing.assert_close(five[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_a_binary_label_is_noised_to_the_other_one() -> None:
+    molecules = tasks.get("molpcba")
+    splits = tasks.Splits(*[TensorData(torch.zeros(1, 1), torch.zeros(1, 12))] * 3, {"outputs": 12})
+    assert molecules.classes_in(splits) == 2
+    assert tasks.get("imagenet").classes_in(replace(splits, sizes={"outputs": 7})) == 7
+
+
+def test_friendly_sam_clips_where_it_does_not_perturb(tmp_path: Path) -> None:
+    config = digits(optimizer="friendly", every=2, clip=1.0)
+    list(train(config, tmp_path / "whole"))
+    next(train(config, tmp_path / "parts"))  # an odd number of steps
+    list(train(config, tmp_path / "parts"))
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")

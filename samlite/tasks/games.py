@@ -170,6 +170,10 @@ class Game(Task):
         """As of `Task`. Raises ValueError where a setting is out of range or cannot be had of a game."""
         if config.optimizer == "agnostic":
             raise ValueError(f"optimizer agnostic needs training data to hold out, which task {self.name} has none of")
+        if config.optimizer == "sampa":
+            raise ValueError(
+                f"optimizer sampa needs the next batch before it steps, which task {self.name} plays after"
+            )
         if config.track:
             raise ValueError(f"track must be 0 for task {self.name}, whose samples are other ones after every epoch")
         if ranks.world() > 1:

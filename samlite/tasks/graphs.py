@@ -145,7 +145,8 @@ class GraphData:
 
     def __getitem__(self, rows: Tensor | slice) -> GraphData:
         if isinstance(rows, slice):
-            rows = torch.arange(len(self), device=self.targets.device)[rows]
+            rows = torch.arange(len(self))[rows]
+        rows = rows.to(self.targets.device)
         atoms, atom_starts, _ = _gathered(self.atoms, self.atom_starts, rows)
         bonds, bond_starts, _ = _gathered(self.bonds, self.bond_starts, rows)
         return GraphData(atoms, bonds, atom_starts, bond_starts, self.targets[rows])

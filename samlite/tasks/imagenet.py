@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from samlite.models import resnet50
+from samlite.seeds import generator
 from samlite.tasks.images import Table, tables
 from samlite.tasks.task import Accuracy, Batch, Recipe, Scores, Splits, Task, hold_out
 
@@ -185,6 +186,10 @@ class ImageNet(Task):
         )
         return Splits(train, validation, test, data.sizes)
 
+    def classes_in(self, data: Splits) -> int | None:
+        """As of `Task`: class folders may be of any number."""
+        return data.sizes["outputs"]
+
     def batches(self, model: nn.Module, data: Photographs, config: Config, order: torch.Generator) -> Iterator[Batch]:
         """As of `Task`; the augmentation is a random crop of any size, scaled, and a mirror image half of the time."""
         return data.batches(config.batch_size, order, config.augment)
@@ -195,7 +200,7 @@ class ImageNet(Task):
         All of them after every epoch would take a third of its time again.
         """
         if data.scored is not None and data.scored < len(data):
-            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+            order = torch.randperm(len(data), generator=generator("scored samples", 0))
             data = data[order[: data.scored].sort().values.to(data.targets.device)]
         return super().evaluate(model, data)
 

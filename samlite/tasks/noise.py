@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from samlite.seeds import generator
+
 
 def noisy(labels: Tensor, classes: int, rate: float, seed: int) -> Tensor:
     """The labels with exactly round(rate n) of the n valid ones moved, none to its own class.
@@ -13,7 +15,7 @@ def noisy(labels: Tensor, classes: int, rate: float, seed: int) -> Tensor:
         rate: fraction of the valid labels.
         seed: decides which, and where to.
     """
-    draw = torch.Generator().manual_seed(seed)
+    draw = generator("label noise", seed)
     flat = labels.flatten().clone()
     valid = (flat >= 0).nonzero().flatten()
     chosen = valid[torch.randperm(len(valid), generator=draw)[: round(rate * len(valid))]]

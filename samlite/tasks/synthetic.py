@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from samlite.models import mlp
+from samlite.seeds import generator
 from samlite.tasks.task import Recipe, Splits, Task, TensorData
 
 INPUTS = 50
@@ -31,7 +32,7 @@ def teacher(inputs: Tensor) -> Tensor:
 
 def load(source: str | None, seed: int) -> Splits:
     """Standard Gaussian inputs (n, 50), and the teacher's outputs with noise (n, 1)."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = generator("synthetic data", seed)
 
     def samples(n: int) -> TensorData:
         inputs = torch.randn(n, INPUTS, generator=draw)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from samlite.losses import denominator
 from samlite.models import parameter_count
+from samlite.seeds import generator
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -92,9 +93,9 @@ class Splits:
         return Splits(self.train.to(device), self.validation.to(device), self.test.to(device), self.sizes)
 
 
-def hold_out(data: Any, fraction: float = 0.1) -> tuple[Any, Any]:
-    """Split a `Data` in two at random, the second holding the fraction. Always the same split."""
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+def hold_out(data: Any, fraction: float = 0.1, draw: torch.Generator | None = None) -> tuple[Any, Any]:
+    """Split a `Data` in two at random, the second holding the fraction; always the same split without a generator."""
+    order = torch.randperm(len(data), generator=draw or torch.Generator().manual_seed(0))
     held = round(fraction * len(data))
     return data[order[held:]], data[order[:held]]
 
@@ -144,7 +145,7 @@ class Task:
     extra: str | None = None  # of the package, with what `load` needs
     source: str | None = None  # default of `load`; None: the task takes no source
     base: str = "sgd"  # the optimizer that SAM wraps and is compared with
-    classes: int | None = None  # of a classification; `Splits.sizes["outputs"]` where that depends on the data
+    classes: int | None = None  # of a classification; `classes_in` where that depends on the data
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None  # inputs of a training batch; draws on the CPU
     chunk: int = 4096  # samples evaluated at once
 
@@ -161,6 +162,10 @@ class Task:
     def interpolates(self) -> bool:
         """Whether there is a training set that a network can fit without error."""
         return True
+
+    def classes_in(self, data: Splits) -> int | None:
+        """How many classes the labels have; None where the task is no classification."""
+        return self.classes
 
     def rank(self, metric: float, loss: float) -> tuple[float, float]:
         """A key that grows with how good a model is: by its metric, then its loss where metrics tie."""
@@ -213,7 +218,7 @@ class Task:
         An (inputs, targets) pair of tensors, or a re-iterable of batches.
         """
         if count < len(data):
-            rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+            rows = torch.randperm(len(data), generator=generator("measured samples", seed))[:count].sort().values
             data = data[rows.to(data.targets.device)]
         if isinstance(data, TensorData):
             return (data.inputs, data.targets), len(data)
@@ -229,11 +234,6 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.data.batches(self.size))
-
-
-def classes_of(task: Task, data: Splits) -> int | None:
-    """How many classes the labels have; None where the task is no classification."""
-    return data.sizes.get("outputs", task.classes) if task.classes else None
 
 
 class Accuracy:
