@@ -13,12 +13,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
-PERTURBATIONS = ("global", "local")  # likewise
-PRECISIONS = ("float32", "bfloat16", "float16")  # likewise
-PRUNERS = ("random", "snip", "magnitude")  # likewise
+# As in samlite.config and samlite.sweep, which need torch.
 BASES = ("sgd", "adam", "adamw")
-OPTIMIZERS = (*BASES, "sam", "friendly", "agnostic", "sampa")  # as in samlite.config, which needs torch
-MEASURES = ("eigenvalues", "moments")  # as in samlite.sweep, likewise
+OPTIMIZERS = (*BASES, "sam", "friendly", "agnostic", "sampa")
+PRUNERS = ("random", "snip", "magnitude")
+PRECISIONS = ("float32", "bfloat16", "float16")
+PERTURBATIONS = ("global", "local")
+MEASURES = ("eigenvalues", "moments")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

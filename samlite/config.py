@@ -170,6 +170,9 @@ class Config:
         }
         if optimizer not in FAMILY:
             values["rho"] = 0.0
+        if known.recipe.dropout is None:
+            values["dropout"] = None
+        values["augment"] = values["augment"] and known.augments
         if optimizer not in ("sam", "friendly"):
             values["every"] = 1
         if optimizer != "sam":

@@ -1,13 +1,15 @@
 """Optimizers at equal cost: the validation metric of every run after the same number of gradient evaluations.
 
-SAM takes two gradients a step and AgnosticSAM four, so at equal epochs they have cost more than their baseline. At each
-width the budget is what the cheapest optimizer took in all. A learning rate that falls by the epoch has not fallen yet
-in a run that goes on after that: compare with ``--schedule constant``, or with a sweep of fewer epochs.
+SAM takes two gradients a step and AgnosticSAM four, so at equal epochs they have cost more than their baseline. At
+each width the budget is what the cheapest optimizer took in all, on average over seeds. A learning rate that falls by
+the epoch has not fallen yet in a run that goes on after that: compare with ``--schedule constant``, or with a sweep of
+fewer epochs.
 """
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from samlite import tasks
@@ -38,11 +40,11 @@ def costs(folder: Path | str) -> list[Cost]:
     folder = Path(folder)
     grouped = groups(folder)
     records = {group: [_records(folder / cell.name) for cell in cells] for group, cells in grouped.items()}
-    spent = {group: min(run[-1]["gradient_evaluations"] for run in runs) for group, runs in records.items()}
+    spent = {group: mean(run[-1]["gradient_evaluations"] for run in runs) for group, runs in records.items()}
     found = []
     for group, cells in grouped.items():
         alike = [other for other in grouped if (other.condition, other.width) == (group.condition, group.width)]
-        budget = min(spent[other] for other in alike)
+        budget = round(min(spent[other] for other in alike))
         result = json.loads((folder / cells[0].name / "result.json").read_text(encoding="utf-8"))
         found.append(_cost(group, result["parameters"], tasks.get(cells[0].task).metric, budget, records[group]))
     return found

@@ -46,6 +46,8 @@ def panels_by_place(found: Sequence[Any], share_y: bool = False) -> tuple["Figur
 
 def save(figure: "Figure", path: Path) -> None:
     """Write a figure in one step; the path's suffix decides the format."""
+    if not path.parent.is_dir():
+        raise ValueError(f"figure must be in a folder that exists, got {path}; make {path.parent}")
     kind = path.suffix.removeprefix(".")
     if kind not in figure.canvas.get_supported_filetypes():
         raise ValueError(f"figure must end in a format such as .png or .pdf, got {path}")
