@@ -109,7 +109,8 @@ def sweep(
     folder = out or Path("runs") / task
     if engine == "local" and (partition or gpus):
         raise ValueError("--partition and --gpus must go with --engine slurm; leave them out")
-    jobs = jobs or (len(cells) if engine == "slurm" else _at_once(cells[0]))
+    if jobs is None:
+        jobs = len(cells) if engine == "slurm" else _at_once(cells[0])
     where = Cluster(folder, engine, partition, gpus, minutes) if engine == "slurm" else Local()
     failures = _run(folder, cells, measure, jobs, where)
     if failures < len(cells):

@@ -58,6 +58,7 @@ class SAM(Optimizer):
     """
 
     skipped = 0
+    no_sync: Callable[[], AbstractContextManager[Any]] | None = None  # belongs to a process, so copies have none
     _kept: tuple[str, ...] = (
         "base_optimizer",
         "model",

@@ -133,6 +133,7 @@ class SAMPa(SAM):
     """
 
     _kept = (*SAM._kept, "lmbda")
+    process_group: Any = None
 
     def __init__(
         self,
