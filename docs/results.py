@@ -109,10 +109,9 @@ EXPERIMENTS = (
     Experiment(
         "convergence",
         "Linear convergence",
-        "synthetic --widths 192,800,1920 --seeds 3 --epochs 100 --lr 0.02 --momentum 0 --schedule constant --rhos 0.05 "
-        "--batch-size 1000 --measure none",
+        "synthetic --widths 192,800,1920 --seeds 3 --epochs 100 --schedule constant --rhos 0.05 --measure none",
         "an overparameterised network converges linearly under SAM",
-        "full batch, constant learning rate, no momentum",
+        "a constant learning rate and mini-batches of 32, which leave a floor",
     ),
     Experiment(
         "rhos",
@@ -351,10 +350,10 @@ def _of_condition(report: Report, condition: dict[str, float]) -> str:
     better = [str(width) for width, gain in known.items() if gain.mean > (gain.half_width or 0)]
     worse = [str(width) for width, gain in known.items() if -gain.mean > (gain.half_width or 0)]
     where = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in condition.items())
-    said = [f"better at width {' and '.join(better)}"] * bool(better) + [
-        f"worse at width {' and '.join(worse)}"
-    ] * bool(worse)
-    text = f"{where + ': ' if where else ''}SAM is {', '.join(said) or 'told apart from its baseline at no width'}"
+    said = [f"better at width {', '.join(better)}"] * bool(better) + [f"worse at width {', '.join(worse)}"] * bool(
+        worse
+    )
+    text = f"{where + ': ' if where else ''}SAM is {' and '.join(said) or 'told apart from its baseline at no width'}"
     first, last = gains[min(gains)], gains[max(gains)]
     return f"{text}: {_judgement(first, last)}." if first and last else f"{text}."
 
