@@ -24,7 +24,7 @@ def convergence(found: Sequence[Convergence], path: Path) -> None:
         panel.set_xlabel("step")
         panel.legend(frameon=False, fontsize=8)
     places[0][0].set_ylabel("training loss")
-    figure.suptitle("Linear convergence: training loss, and the mean rate (dashed)", fontsize=11)
+    figure.suptitle("Linear convergence (dashed: mean rate)", fontsize=11)
     save(figure, path)
 
 

@@ -22,5 +22,5 @@ def cost(found: Sequence[Cost], path: Path) -> None:
         panel.set_xlabel("gradient evaluations")
         panel.legend(frameon=False, fontsize=8)
     places[0][0].set_ylabel(f"validation {found[0].metric.replace('_', ' ')}{' %' * (scale == 100)}")
-    figure.suptitle("Optimizers by their cost (dashed: the budget they are compared at)", fontsize=11)
+    figure.suptitle("Optimizers by their cost (dashed: equal)", fontsize=11)
     save(figure, path)
