@@ -9,7 +9,9 @@ from conftest import Result
 from scipy import stats
 
 from samlite import sweep
+from samlite.checkpoints import write_json
 from samlite.convergence import convergence, fit
+from samlite.training import train
 
 
 def test_the_rate_of_an_exponential_is_found_whatever_its_units() -> None:
@@ -39,7 +41,9 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     recipe = {"epochs": 4, "schedule": "constant", "lr": 0.01, "momentum": 0.0}
     cells = sweep.grid("synthetic", [8, 16], seeds=2, recipe=recipe, device="cpu")
-    assert [event.state for event in sweep.run(folder, cells, jobs=2)].count("finished") == 8
+    write_json(folder / "sweep.json", {"cells": [cell.to_json() for cell in cells]})
+    for cell in cells:  # in this process, to save time
+        list(train(cell, folder / cell.name))
     return folder
 
 

@@ -391,6 +391,8 @@ def test_an_operation_without_second_derivative_is_named_with_its_parameter() ->
 
 
 def test_control_c_stops_a_long_solve() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs inherit as ignored
+
     def interrupt() -> None:
         time.sleep(0.3)
         signal.raise_signal(signal.SIGINT)
@@ -403,6 +405,7 @@ def test_control_c_stops_a_long_solve() -> None:
         operator = compiled().Callable(lambda v: diagonal * v, diagonal, len(diagonal))
         compiled().eigenpairs(operator, compiled().Options(k=5, tol=1e-12, max_matvecs=10**6))
     assert time.perf_counter() - began < 20
+    signal.signal(signal.SIGINT, before)
 
 
 def test_other_threads_run_during_a_solve() -> None:

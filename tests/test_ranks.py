@@ -189,6 +189,7 @@ def torchrun(*arguments: object, folder: Path, **options: Any) -> subprocess.Com
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, **options)
 
 
+@pytest.mark.slow
 def test_the_terminal_trains_and_measures_under_torchrun(tmp_path: Path) -> None:
     options = ["--width", 8, "--epochs", 3, "--optimizer", "sam", "--json"]
     two = torchrun("train", *options, "--out", "two", folder=tmp_path)

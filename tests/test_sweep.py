@@ -187,6 +187,7 @@ def test_two_sweeps_share_a_folder_and_run_every_cell_once(tmp_path: Path) -> No
         assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_jobs_of_a_cluster_run_the_cells(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     cells = grid("digits", [8], ["sgd"], seeds=2, **QUICK)
