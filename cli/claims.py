@@ -105,8 +105,7 @@ def _present(
 
 
 def _place(group: "Group", parameters: int) -> list[str]:
-    label = group.optimizer if group.rho is None else f"{group.optimizer} ρ={group.rho:g}"
-    return [*(f"{value:g}" for _, value in group.condition), str(group.width), f"{parameters:,}", label]
+    return [*(f"{value:g}" for _, value in group.condition), str(group.width), f"{parameters:,}", group.method]
 
 
 def _number(value: float | None) -> str:

@@ -65,7 +65,9 @@ def print_json(document: Any) -> None:
 
 def metric(value: float, name: str) -> str:
     """A metric as people read it: a fraction in percent, a loss or a score as it is."""
-    return f"{100 * value:.2f} %" if name in ("accuracy", "average_precision", "roc_auc") else f"{value:.4g}"
+    from samlite.report import percent  # which needs torch
+
+    return f"{100 * value:.2f} %" if percent(name) == 100 else f"{value:.4g}"
 
 
 def shortened(names: Sequence[str], most: int) -> str:

@@ -6,15 +6,15 @@ along the way bends the line: sweep with ``--schedule constant`` for the claim. 
 of the rate is Student's t at 95 % over seeds.
 """
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import correlation, linear_regression
 from typing import Any
 
-from samlite.groups import Group, groups
+from samlite.checkpoints import read_json
+from samlite.groups import Group, document, groups, records
 from samlite.intervals import Interval
 
 FLOOR = 1e-6  # losses below are rounding of float32
@@ -42,7 +42,7 @@ class Convergence:
     r2: Interval | None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"group": {**asdict(self.group), "condition": dict(self.group.condition)}}
+        return document(self)
 
 
 def convergence(folder: Path | str) -> list[Convergence]:
@@ -51,7 +51,7 @@ def convergence(folder: Path | str) -> list[Convergence]:
     found = []
     for group, cells in groups(folder).items():
         curves = [_curve(folder / cell.name, cell.seed) for cell in cells]
-        parameters = json.loads((folder / cells[0].name / "result.json").read_text(encoding="utf-8"))["parameters"]
+        parameters = read_json(folder / cells[0].name / "result.json")["parameters"]
         rates = Interval.of(curve.rate for curve in curves if curve.rate is not None)
         straight = Interval.of(curve.r2 for curve in curves if curve.r2 is not None)
         found.append(Convergence(group, parameters, curves, rates, straight))
@@ -70,13 +70,7 @@ def fit(steps: Sequence[float], losses: Sequence[float]) -> tuple[float, float] 
 
 
 def _curve(folder: Path, seed: int) -> Curve:
-    path = folder / "metrics.jsonl"
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if not records:
-            raise ValueError("it is empty")
-        steps, losses = [r["steps"] for r in records], [r["train_loss"] for r in records]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} must hold the records of a run, a line an epoch ({error})") from None
+    found = records(folder, ("steps", "train_loss"))
+    steps, losses = [record["steps"] for record in found], [record["train_loss"] for record in found]
     line = fit(steps, losses)
     return Curve(seed, steps, losses, *(line or (None, None)))

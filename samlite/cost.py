@@ -6,15 +6,17 @@ the epoch has not fallen yet in a run that goes on after that: compare with ``--
 fewer epochs.
 """
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from samlite import tasks
-from samlite.groups import Group, groups
+from samlite.checkpoints import read_json
+from samlite.groups import Group, document, groups, records
 from samlite.intervals import Interval
+
+RECORDED = ("gradient_evaluations", "validation_metric")
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,21 @@ class Cost:
     curve: list[tuple[int, float]]  # (gradient evaluations, mean validation metric over seeds) by epoch
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"group": {**asdict(self.group), "condition": dict(self.group.condition)}}
+        return document(self)
 
 
 def costs(folder: Path | str) -> list[Cost]:
     """Of every group of a sweep's finished runs. Raises ValueError where there are none."""
     folder = Path(folder)
     grouped = groups(folder)
-    records = {group: [_records(folder / cell.name) for cell in cells] for group, cells in grouped.items()}
-    spent = {group: mean(run[-1]["gradient_evaluations"] for run in runs) for group, runs in records.items()}
+    runs = {group: [records(folder / cell.name, RECORDED) for cell in cells] for group, cells in grouped.items()}
+    spent = {group: mean(run[-1]["gradient_evaluations"] for run in each) for group, each in runs.items()}
     found = []
     for group, cells in grouped.items():
         alike = [other for other in grouped if (other.condition, other.width) == (group.condition, group.width)]
         budget = round(min(spent[other] for other in alike))
-        result = json.loads((folder / cells[0].name / "result.json").read_text(encoding="utf-8"))
-        found.append(_cost(group, result["parameters"], tasks.get(cells[0].task).metric, budget, records[group]))
+        result = read_json(folder / cells[0].name / "result.json")
+        found.append(_cost(group, result["parameters"], tasks.get(cells[0].task).metric, budget, runs[group]))
     return found
 
 
@@ -71,14 +73,3 @@ def _cost(group: Group, parameters: int, metric: str, budget: int, runs: list[li
             for i in range(shortest)
         ],
     )
-
-
-def _records(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if not records:
-            raise ValueError("it is empty")
-        return [{name: r[name] for name in ("gradient_evaluations", "validation_metric")} for r in records]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} must hold the records of a run, a line an epoch ({error})") from None

@@ -1,8 +1,10 @@
 """The runs of a sweep that differ by their seed alone."""
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from samlite.config import FAMILY, Config
 from samlite.sweep import finished, read
@@ -22,8 +24,12 @@ class Group:
     @property
     def label(self) -> str:
         """Such as: sam ρ=0.1, label noise 0.25."""
-        own = self.optimizer if self.rho is None else f"{self.optimizer} ρ={self.rho:g}"
-        return ", ".join(part for part in (own, described(self.condition)) if part)
+        return ", ".join(part for part in (self.method, described(self.condition)) if part)
+
+    @property
+    def method(self) -> str:
+        """Such as: sam ρ=0.1."""
+        return self.optimizer if self.rho is None else f"{self.optimizer} ρ={self.rho:g}"
 
 
 def groups(folder: Path) -> dict[Group, list[Config]]:
@@ -38,6 +44,24 @@ def groups(folder: Path) -> dict[Group, list[Config]]:
         rho = cell.rho if cell.optimizer in FAMILY else None
         found.setdefault(Group(condition_of(cell, varied), cell.width, cell.label, rho), []).append(cell)
     return {group: found[group] for group in sorted(found, key=lambda group: (group.condition, group.width))}
+
+
+def document(found: Any) -> dict[str, Any]:
+    """What was found of a group as plain values, for JSON."""
+    group = found.group
+    return {**asdict(found), "group": {**asdict(group), "condition": dict(group.condition)}}
+
+
+def records(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
+    """These fields of a run's records, one an epoch. Raises ValueError where the run has none."""
+    path, names = folder / "metrics.jsonl", list(names)
+    try:
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not found:
+            raise ValueError("it is empty")
+        return [{name: record[name] for name in names} for record in found]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must hold the records of a run, a line an epoch ({error})") from None
 
 
 def varying(cells: Iterable[Config]) -> list[str]:

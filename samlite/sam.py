@@ -15,8 +15,8 @@ Limits: gradients must be dense, and a half-precision weight loses a perturbatio
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,14 +59,8 @@ class SAM(Optimizer):
 
     skipped = 0
     no_sync: Callable[[], AbstractContextManager[Any]] | None = None  # belongs to a process, so copies have none
-    _kept: tuple[str, ...] = (
-        "base_optimizer",
-        "model",
-        "m",
-        "max_norm",
-        "scaler",
-        "skipped",
-    )  # in a pickle, beside the optimizer's own
+    # In a pickle, beside the optimizer's own:
+    _kept: tuple[str, ...] = ("base_optimizer", "model", "m", "max_norm", "scaler", "skipped")
     _perturbed: list[list[Tensor]] | None = None  # weights between first_step and second_step, by bucket
     _copies: Sequence[list[Tensor]] = ()  # what they were; the memory is kept from step to step
     _first_norm: Tensor
@@ -181,7 +175,7 @@ class SAM(Optimizer):
         m = self.m or len(closures)
         if m >= len(closures):
             return self._perturbed_gradient(closures)
-        weights = [weight for group in self.param_groups for weight in group["params"]]
+        weights = self._weights()
         total: list[Tensor | None] = [None] * len(weights)
         losses, norms = [], []
         for start in range(0, len(closures), m):
@@ -202,17 +196,14 @@ class SAM(Optimizer):
         random_state = self._random_state()
         with self.no_sync() if self.no_sync else nullcontext():
             loss = self._run(closures)
-        buffers = self._buffers()
-        try:
-            self._ascend()
-            for generator, where, state in random_state:
-                generator.set_rng_state(state, *where)
-            self._run(closures)
-        finally:
-            self._restore()
-            for module, name, buffer, value in buffers:
-                setattr(module, name, buffer)  # a module may have put another tensor there
-                buffer.copy_(value)
+        with self._kept_buffers():
+            try:
+                self._ascend()
+                for generator, where, state in random_state:
+                    generator.set_rng_state(state, *where)
+                self._run(closures)
+            finally:
+                self._restore()
         return loss
 
     def _ascend(self) -> None:
@@ -221,7 +212,7 @@ class SAM(Optimizer):
 
     def _run(self, closures: Sequence[Closure]) -> Tensor:
         """One pass: leave the mean gradient in `.grad`, return the mean loss."""
-        weights = [weight for group in self.param_groups for weight in group["params"]]
+        weights = self._weights()
         for weight in weights:  # as zero_grad(), which takes longer to report itself to the profiler
             weight.grad = None
         with torch.enable_grad():
@@ -318,8 +309,7 @@ class SAM(Optimizer):
 
     def _scaled_step(self, scaler: torch.amp.GradScaler, finite: bool) -> None:
         """Let the scaler step or skip, and adapt its scale: it wants gradients that it has unscaled itself."""
-        weights: list[Any] = [weight for group in self.param_groups for weight in group["params"]]
-        grads: list[Tensor] = [weight.grad for weight in weights if weight.grad is not None]
+        grads: list[Tensor] = [weight.grad for weight in self._weights() if weight.grad is not None]
         if grads:
             torch._foreach_mul_(grads, self._scale(grads[0]))
             if not finite:  # what the first gradient had need not show in the second
@@ -339,14 +329,24 @@ class SAM(Optimizer):
                 generators.append((torch.get_device_module(device), where))
         return [(module, where, module.get_rng_state(*where)) for module, where in generators]
 
-    def _buffers(self) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-        """Module, name, tensor and a copy of it, of each buffer of the model."""
-        return [
+    @contextmanager
+    def _kept_buffers(self) -> Iterator[None]:
+        """The buffers of the model, such as batch-norm statistics, are put back behind the pass inside."""
+        kept = [
             (module, name, buffer, buffer.clone())
             for module in (self.model.modules() if self.model is not None else ())
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
+        try:
+            yield
+        finally:
+            for module, name, buffer, value in kept:
+                setattr(module, name, buffer)  # a module may have put another tensor there
+                buffer.copy_(value)
+
+    def _weights(self) -> list[Any]:
+        return [weight for group in self.param_groups for weight in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}

@@ -7,7 +7,7 @@ same first weights. Distances are Euclidean over all parameters that are trained
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from samlite import network, tasks
 from samlite.checkpoints import read_json
 from samlite.config import Config
-from samlite.groups import Group, groups
+from samlite.groups import Group, document, groups
 from samlite.intervals import Interval
 from samlite.runs import final_network
 from samlite.sparsity import masks_in
@@ -42,7 +42,7 @@ class Solutions:
     apart: Interval | None  # of SAM: from the base optimizer's solution of the same seed, where that interpolates too
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"group": {**asdict(self.group), "condition": dict(self.group.condition)}}
+        return document(self)
 
 
 def solutions(folder: Path | str) -> list[Solutions]:
@@ -77,14 +77,15 @@ def _solutions(
     inside = [cell for cell in cells if results[cell]["interpolates"]]
     metrics = [results[cell]["final"]["test_metric"] for cell in inside]
     sharp = [math.log(a) for cell in inside if (a := sharpness(folder / cell.name)) is not None and a > 0]
-    of_seed = {cell.seed: cell for cell in base}
+    of_seed, task = {cell.seed: cell for cell in base}, tasks.get(cells[0].task)
     moved, shares, apart = [], [], []
     for cell in inside:
-        weights, first = _weights(cell, folder, data)
+        final = _final(cell, folder, data)
+        weights, first = _flat(final), _flat(network.initial(task, cell, data, masks_in(final.state_dict())))
         moved.append(float(torch.dist(weights, first)))
         shares.append(moved[-1] / float(first.norm()))
         if cell.seed in of_seed:
-            other, _ = _weights(of_seed[cell.seed], folder, data)
+            other = _flat(_final(of_seed[cell.seed], folder, data))
             if len(other) == len(weights):  # SNIP may choose other masks on another machine
                 apart.append(float(torch.dist(weights, other)))
     return Solutions(
@@ -101,15 +102,12 @@ def _solutions(
     )
 
 
-def _weights(cell: Config, folder: Path, data: Splits) -> tuple[Tensor, Tensor]:
-    """The final and the first weights of a run, flat, in float64."""
-    task = tasks.get(cell.task)
-    final = final_network(task, cell, data, folder / cell.name)
-    first = network.initial(task, cell, data, masks_in(final.state_dict()))
-    return _flat(final), _flat(first)
+def _final(cell: Config, folder: Path, data: Splits) -> nn.Module:
+    return final_network(tasks.get(cell.task), cell, data, folder / cell.name)
 
 
 def _flat(model: nn.Module) -> Tensor:
+    """The parameters in float64: (p,)."""
     return torch.cat([p.detach().flatten().double() for p in model.parameters()])
 
 

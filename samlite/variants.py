@@ -9,8 +9,7 @@ SAMPa         takes its two gradients at points that do not depend on each other
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -168,7 +167,7 @@ class SAMPa(SAM):
         closures = self._checked(closure)
         following = self._checked(next_closure) if next_closure is not None else ()
         if not self._recall():
-            with _kept_buffers(self):
+            with self._kept_buffers():
                 self._run(closures)
         ahead = self._grads()
         parts: list[Callable[[], Any]] = [lambda: self._at_perturbed(closures), lambda: self._at_y(ahead, following)]
@@ -206,7 +205,7 @@ class SAMPa(SAM):
         self._save([self._weights()])
         try:
             self.base_optimizer.step()
-            with _kept_buffers(self):
+            with self._kept_buffers():
                 loss = self._run(closures)
         finally:
             self._restore()
@@ -239,9 +238,6 @@ class SAMPa(SAM):
         *parts, there, loss = torch.split(message, [*(weight.numel() for weight in weights), len(weights), 1])
         known = zip(weights, parts, there.tolist(), strict=True)
         return {weight: part.view_as(weight) for weight, part, given in known if given}, loss[0]
-
-    def _weights(self) -> list[Tensor]:
-        return [weight for group in self.param_groups for weight in group["params"]]
 
     def _grads(self) -> dict[Tensor, Tensor]:
         return {weight: weight.grad.clone() for weight in self._weights() if weight.grad is not None}
@@ -276,18 +272,6 @@ def _remember(optimizer: SAM, name: str, values: Sequence[tuple[Tensor, Tensor]]
     """
     for weight, value in values:
         optimizer.state[weight][name] = value
-
-
-@contextmanager
-def _kept_buffers(optimizer: SAM) -> Iterator[None]:
-    """Buffers such as batch-norm statistics are put back behind the pass inside."""
-    buffers = optimizer._buffers()
-    try:
-        yield
-    finally:
-        for module, name, buffer, value in buffers:
-            setattr(module, name, buffer)
-            buffer.copy_(value)
 
 
 def _clone(value: Any) -> Any:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 
-def load(source: str | None, task: str, extra: str) -> Any:
-    """The splits that `datasets.load_dataset` reads from a hub id or a folder.
+def load(source: str | None, task: str, extra: str, names: Sequence[str]) -> Any:
+    """What `datasets.load_dataset` reads from a hub id or a folder, with the splits of these names in it.
 
-    Raises ImportError that names the extra of this package, and ValueError that says what is wrong with which file.
+    Raises ImportError that names the extra of this package, and ValueError that says what is wrong with which file, or
+    which split is missing.
     """
     try:
         import datasets
@@ -19,18 +20,20 @@ def load(source: str | None, task: str, extra: str) -> Any:
     for name in ("datasets", "huggingface_hub"):  # what matters is in the exception
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        return datasets.load_dataset(source)
+        splits = datasets.load_dataset(source)
     except Exception as error:  # the hub, the file system and the parsers each raise their own kinds
         reason = _broken_file(Path(str(source))) or _first_line(error)
         raise ValueError(f"cannot load {task} from {source!r}: {reason}") from error
+    for name in names:
+        if name not in splits:
+            raise ValueError(f"{source} has no split {name!r}, only {', '.join(map(repr, splits))}")
+    return splits
 
 
 def open_splits(source: str | None, task: str, extra: str, names: Sequence[str], columns: Sequence[str]) -> list[Any]:
     """The splits of these names, each with these columns and some rows; ValueError names what is missing."""
-    splits = load(source, task, extra)
+    splits = load(source, task, extra, names)
     for name in names:
-        if name not in splits:
-            raise ValueError(f"{source} has no split {name!r}, only {', '.join(map(repr, splits))}")
         for column in columns:
             if column not in (found := splits[name].column_names):
                 raise ValueError(f"{source}, split {name!r}: no column {column!r}, only {', '.join(map(repr, found))}")

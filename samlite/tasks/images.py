@@ -73,10 +73,7 @@ def tables(
         ImportError: `datasets` or pillow is missing.
         ValueError: the source cannot be read, or lacks a split, a column or rows.
     """
-    found = _open(source, task)
-    for name in splits:
-        if name not in found:
-            raise ValueError(f"{source} has no split {name!r}, only {', '.join(map(repr, found))}")
+    found = _open(source, task, splits)
     result = [_table(found[name], f"{source}, split {name!r}", columns) for name in splits]
     return result, getattr(found[splits[0]].features["label"], "num_classes", None)
 
@@ -119,12 +116,12 @@ def crop_and_flip(images: Tensor, draw: torch.Generator) -> Tensor:
     return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _open(source: str | None, task: str) -> Any:
+def _open(source: str | None, task: str, splits: Sequence[str]) -> Any:
     try:
         import PIL.Image  # noqa: F401  (decodes the images)
     except ImportError as error:
         raise ImportError(f"task {task} needs pillow: pip install 'samlite[data]'") from error
-    return hub.load(source, task, "data")
+    return hub.load(source, task, "data", splits)
 
 
 def _table(rows: Any, place: str, columns: Sequence[str]) -> Table:
