@@ -30,10 +30,6 @@ SGD = {"lr": 0.01, "momentum": 0.9}
 Step = Callable[[], object]
 
 
-def small_resnet() -> nn.Module:
-    return resnet18(16, mean=[0.5] * 3, std=[0.25] * 3, outputs=10)
-
-
 # name: (network, shape of one input, steps a repeat, repeats)
 CASES = {
     "mlp": ("MLP 784-300-100-10", lambda: mlp(784, 300, 100, 10), (784,), 20, 60),
