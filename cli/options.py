@@ -172,6 +172,13 @@ def recipe_options(command: Command) -> Command:
         ),
         click.option("--every", type=int, metavar="K", help="Perturb every K steps; the base optimizer steps between."),
         click.option("--m", type=int, help="Samples that share SAM's perturbation (m-SAM); default the batch."),
+        click.option("--sigma", type=float, help="Of friendly: how much of the mean gradient is left out; default 1."),
+        click.option(
+            "--lmbda",
+            type=float,
+            help="Of friendly: decay of the mean gradient, default 0.9; of sampa: weight of its second, default 0.2.",
+        ),
+        click.option("--rho-val", type=float, help="Of agnostic: radius on held-out data; default 0.05."),
         click.option("--accumulate", type=int, metavar="N", help="Compute every batch in N micro-batches."),
         click.option("--clip", type=float, help="Largest norm of the gradient that is stepped with."),
         click.option(

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of every minimum: eigenvalues, moments (of the samples' Hessians), or none.",
 )
-@click.option("--jobs", type=int, help="Runs at once; default as many as the cores allow, or 1 on a GPU.")
+@click.option("--jobs", type=int, help="Runs at once; default as many as the cores allow, or one a GPU.")
 @click.option(
     "--engine",
     type=click.Choice(["local", "slurm"]),
@@ -109,9 +109,13 @@ def sweep(
     folder = out or Path("runs") / task
     if engine == "local" and (partition or gpus):
         raise ValueError("--partition and --gpus must go with --engine slurm; leave them out")
-    if jobs is None:
-        jobs = len(cells) if engine == "slurm" else _at_once(cells[0])
-    where = Cluster(folder, engine, partition, gpus, minutes) if engine == "slurm" else Local()
+    if engine == "slurm":
+        where: Engine = Cluster(folder, engine, partition, gpus, minutes)
+        jobs = len(cells) if jobs is None else jobs
+    else:
+        visible = _gpus() if cells[0].device == "cuda" else []
+        where = Local(visible)
+        jobs = _at_once(cells[0], visible) if jobs is None else jobs
     failures = _run(folder, cells, measure, jobs, where)
     if failures < len(cells):
         present(folder, as_json)
@@ -119,12 +123,18 @@ def sweep(
         raise RuntimeError(f"{failures} of {len(cells)} runs failed; repeat the command to retry them")
 
 
-def _at_once(cell: "Config") -> int:
+def _gpus() -> list[str]:
+    """The GPUs of this machine that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else list(map(str, range(torch.cuda.device_count())))
+
+
+def _at_once(cell: "Config", gpus: list[str]) -> int:
     """How many runs this machine has room for: by its cores, or one for each GPU."""
     if cell.device != "cpu":
-        import torch
-
-        return max(1, torch.cuda.device_count())
+        return max(1, len(gpus))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // cell.threads)
 

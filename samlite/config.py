@@ -14,12 +14,17 @@ from samlite import tasks
 BASES = ("sgd", "adam", "adamw")
 FAMILY = ("sam", "friendly", "agnostic", "sampa")
 OPTIMIZERS = (*BASES, *FAMILY)
+OWN: dict[str, dict[str, float]] = {  # what only some of the family have, with the values that their papers use
+    "friendly": {"sigma": 1.0, "lmbda": 0.9},
+    "agnostic": {"rho_val": 0.05},
+    "sampa": {"lmbda": 0.2},
+}
 PERTURBATIONS = ("global", "local")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SCHEDULES = ("step", "cosine", "constant")
 CONDITIONS = (  # of training, which a recipe file may set too
     *("augment", "label_noise", "sparsity", "pruner", "patience", "linearize"),
-    *("every", "m", "accumulate", "clip", "precision", "perturb", "sync_batch_norm"),
+    *("every", "m", "sigma", "lmbda", "rho_val", "accumulate", "clip", "precision", "perturb", "sync_batch_norm"),
 )
 PRUNERS = ("random", "snip", "magnitude")
 
@@ -53,6 +58,9 @@ class Config:
     patience: int = 0  # epochs without a better validation result after which training stops; 0: never
     every: int = 1  # the perturbation is taken every so many steps, and the base optimizer's own step between
     m: int = 0  # samples that share a perturbation (m-SAM); 0: all of a batch
+    sigma: float | None = None  # of friendly: the share of the mean gradient that is left out; None: it has none
+    lmbda: float | None = None  # of friendly: the decay of that mean; of sampa: the weight of its second gradient
+    rho_val: float | None = None  # of agnostic: the radius on held-out data
     accumulate: int = 1  # micro-batches that a batch is computed in
     clip: float = 0.0  # largest norm of the gradient that is stepped with; 0: any
     precision: str = "float32"  # of the forward pass in training
@@ -106,6 +114,13 @@ class Config:
             raise ValueError(f"every must be 1 for {self.optimizer}, got {self.every}; use optimizer sam or friendly")
         if self.m and self.optimizer != "sam":
             raise ValueError(f"m must be 0 for {self.optimizer}, got {self.m}; use optimizer sam")
+        for name, usual in _own(self.optimizer).items():
+            value = getattr(self, name)
+            if usual is not None:
+                _check_number(name, value, below=1 if name == "lmbda" else math.inf)
+            elif value is not None:
+                owners = " or ".join(optimizer for optimizer in OWN if name in OWN[optimizer])
+                raise ValueError(f"{name} must not be given for {self.optimizer}, got {value}; use optimizer {owners}")
         if self.m and self.accumulate > 1:
             raise ValueError(f"m must be 0 with accumulate {self.accumulate}, got {self.m}; choose one of them")
         if self.perturb == "local" and self.optimizer != "sam":
@@ -177,6 +192,8 @@ class Config:
             values["every"] = 1
         if optimizer != "sam":
             values |= {"m": 0, "perturb": "global"}
+        for name, usual in _own(optimizer).items():
+            values[name] = None if usual is None else values.get(name, usual)
         if base != "sgd":
             values["momentum"] = 0.0
         if {**values, **chosen}["schedule"] != "step":
@@ -227,9 +244,8 @@ class Config:
     def label(self) -> str:
         """The optimizer, with what it wraps where that is not the task's baseline, and how it is varied: sam-every2."""
         base = "" if self.optimizer not in FAMILY or self.base == tasks.get(self.task).base else f"-{self.base}"
-        varied = [
-            f"{name}{value}" for name, value, usual in (("every", self.every, 1), ("m", self.m, 0)) if value != usual
-        ]
+        usual = {"every": 1, "m": 0, **_own(self.optimizer)}
+        varied = [f"{name}{getattr(self, name)}" for name in usual if getattr(self, name) != usual[name]]
         return "-".join([self.optimizer + base, *varied])
 
     def conditions(self) -> dict[str, Any]:
@@ -241,6 +257,11 @@ class Config:
             "decay": (self.weight_decay, recipe.weight_decay),
         }
         return {name: value for name, (value, usual) in found.items() if value != usual}
+
+
+def _own(optimizer: str) -> dict[str, float | None]:
+    """What only some of the family have: the usual value, None for what this optimizer has not."""
+    return {name: OWN.get(optimizer, {}).get(name) for name in ("sigma", "lmbda", "rho_val")}
 
 
 def check_recipe(recipe: Mapping[str, Any]) -> None:
@@ -257,7 +278,8 @@ def check_recipe(recipe: Mapping[str, Any]) -> None:
 
 def _floats(values: Mapping[str, Any]) -> dict[str, Any]:
     """Whole numbers as floats where either may stand, so that 1 and 1.0 give one name."""
-    names = ("rho", "lr", "momentum", "weight_decay", "dropout", "label_noise", "sparsity", "clip")
+    names = ["rho", "lr", "momentum", "weight_decay", "dropout", "label_noise", "sparsity", "clip"]
+    names += ["sigma", "lmbda", "rho_val"]
     return {
         name: float(value) if name in names and isinstance(value, int) and not isinstance(value, bool) else value
         for name, value in values.items()

@@ -4,11 +4,12 @@ An engine starts a cell, `samlite train` in a subfolder of the sweep, and gives 
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -33,18 +34,33 @@ class Engine(Protocol):
 
 
 class Local:
-    """A process of this machine for each cell, which ends when the sweep does."""
+    """A process of this machine for each cell, which ends when the sweep does.
+
+    Args:
+        gpus: as CUDA_VISIBLE_DEVICES names them; a cell on device cuda runs on the one with the fewest others.
+    """
+
+    def __init__(self, gpus: Sequence[str] = ()) -> None:
+        self.gpus = gpus
+        self._running: list[_Process] = []
 
     def start(self, folder: Path, cell: Config, measure: Collection[str]) -> Running:
+        gpu = self._free() if self.gpus and cell.device == "cuda" else None
         errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed at the end of the process)
         child = subprocess.Popen(
             [*_command(cell, measure), "--stop-with-stdin"],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else None,
             cwd=folder,  # also keeps a source tree in the current folder off the path
             stdin=subprocess.PIPE,  # closes with this process, however it ends, and takes the cell with it
             stdout=subprocess.DEVNULL,
             stderr=errors,
         )
-        return _Process(child, errors)
+        self._running.append(_Process(child, errors, gpu))
+        return self._running[-1]
+
+    def _free(self) -> str:
+        self._running = [process for process in self._running if not process.ended()]
+        return min(self.gpus, key=[process.gpu for process in self._running].count)
 
 
 class Cluster:
@@ -78,6 +94,7 @@ class Cluster:
 class _Process:
     child: subprocess.Popen[bytes]
     errors: IO[bytes]
+    gpu: str | None
 
     def ended(self) -> bool:
         return self.child.poll() is not None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from samlite import ranks
-from samlite.config import Config
+from samlite.config import OWN, Config
 from samlite.losses import denominator, rows, samples
 from samlite.sam import SAM, Closure
 from samlite.tasks import Task
@@ -40,6 +40,7 @@ def optimizer_of(
         options["m"] = 1  # closures; `Closures` makes one for each m samples
     if config.perturb == "local" and isinstance(forward, DistributedDataParallel):
         options["no_sync"] = forward.no_sync
+    options |= {name: getattr(config, name) for name in OWN.get(config.optimizer, {})}
     options |= {"model": model, "max_norm": config.clip or None, "scaler": scaler}
     return _FAMILY.get(config.optimizer, SAM)(model.parameters(), _BASES[config.base], config.rho, **options)
 
