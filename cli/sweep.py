@@ -28,10 +28,26 @@ if TYPE_CHECKING:
 )
 @click.option("--seeds", type=int, default=3, show_default=True, help="How many, counted from 0.")
 @click.option(
-    "--rhos", callback=options.numbers, metavar="X,...", help="SAM's radii; the best on validation is reported."
+    "--rhos",
+    "--rho",
+    callback=options.numbers,
+    metavar="X,...",
+    help="SAM's radii; the best on validation is reported.",
 )
-@click.option("--label-noises", callback=options.numbers, metavar="X,...", help="Fractions of the training labels.")
-@click.option("--sparsities", callback=options.numbers, metavar="X,...", help="Fractions of the weights masked.")
+@click.option(
+    "--label-noises",
+    "--label-noise",
+    callback=options.numbers,
+    metavar="X,...",
+    help="Fractions of the training labels.",
+)
+@click.option(
+    "--sparsities",
+    "--sparsity",
+    callback=options.numbers,
+    metavar="X,...",
+    help="Fractions of the weights masked.",
+)
 @click.option("--weight-decays", callback=options.numbers, metavar="X,...", help="To compare, such as 0,5e-4.")
 @click.option(
     "--measure",
@@ -41,6 +57,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of every minimum: eigenvalues, moments (of the samples' Hessians), or none.",
 )
+@click.option("--track", type=click.IntRange(min=1), metavar="K", help="Record the top K Hessian eigenvalues an epoch.")
 @click.option("--jobs", type=int, help="Runs at once; default as many as the cores allow, or one a GPU.")
 @click.option(
     "--engine",
@@ -65,6 +82,7 @@ def sweep(
     sparsities: tuple[float, ...] | None,
     weight_decays: tuple[float, ...] | None,
     measure: tuple[str, ...],
+    track: int | None,
     jobs: int | None,
     engine: str,
     partition: str | None,
@@ -102,7 +120,9 @@ def sweep(
     if "settings" in overrides and "settings" in given:
         given["settings"] = {**overrides["settings"], **given["settings"]}
     overrides |= given
-    settings = {"base": base, "data": data, "device": device}
+    if gpus and device is None:
+        device = "cuda"  # of the nodes; this one may have none
+    settings = {"base": base, "data": data, "device": device, "track": track}
     conditions = {"label_noises": label_noises, "sparsities": sparsities, "weight_decays": weight_decays}
     swept: dict[str, Any] = {name: values or () for name, values in conditions.items()}
     cells = sweeps.grid(task, widths, optimizers or (), seeds, rhos or (), **swept, recipe=overrides, **settings)

@@ -53,7 +53,7 @@ class Capture(TorchFunctionMode):
         self.sites: list[Any] = []
         self.probes: list[Probe] = []
         self._params = params
-        self._where = {p.untyped_storage().data_ptr(): i for i, p in enumerate(params)}
+        self._where = {_storage(p): i for i, p in enumerate(params)}
         self.lookups: list[bool] = []  # of each embedding: whether its rows are the same for all samples
         self._pending: dict[int, tuple[Tensor, Tensor, Any]] = {}  # such (output, rows, use), by the output's id
         self._c = import_module("samlite._C")
@@ -71,7 +71,7 @@ class Capture(TorchFunctionMode):
         if pending is not None:
             self._follow(func, pending, result)
         for tensor in tensors(result):
-            if touched and tensor.untyped_storage().data_ptr() not in self._where:
+            if touched and _storage(tensor) not in self._where:
                 raise UncoveredError(_name(func))
         if touched and getattr(func, "__name__", "").endswith("_") and not func.__name__.startswith("__"):
             raise UncoveredError(_name(func))
@@ -83,7 +83,7 @@ class Capture(TorchFunctionMode):
         """Which parameter a tensor is, or is a view of."""
         if not isinstance(tensor, Tensor):
             return None
-        return self._where.get(tensor.untyped_storage().data_ptr())
+        return self._where.get(_storage(tensor))
 
     def owns(self, *values: Any) -> bool:
         """Whether one of them is a measured parameter, or a view of one."""
@@ -146,9 +146,15 @@ class Capture(TorchFunctionMode):
             return
         _, rows, use = self._pending[id(source)]
         same_rows = result.shape[-1] == source.shape[-1] and result.numel() == source.numel()
-        if not same_rows or result.untyped_storage().data_ptr() != source.untyped_storage().data_ptr():
+        if not same_rows or _storage(result) != _storage(source):
             raise UncoveredError(f"{_name(func)} of an embedding that is the same for all samples")
         self._pending[id(result)] = (result, rows.reshape(result.shape[:-1]), use)
+
+
+def _storage(tensor: Tensor) -> int:
+    """What a tensor has in common with its views; not the address of the memory, which devices need not tell."""
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 # --- Layers: each handler computes the layer with its weights as constants and records it.

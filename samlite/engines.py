@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from samlite.checkpoints import read_json, write_json
 from samlite.config import Config
+
+REQUEUES = 1000  # of a job whose time is up; each goes on where the last one stopped
+NOTICE = 30  # seconds before that at which a job is told: a run's files are never far behind
 
 
 class Running(Protocol):
@@ -66,6 +70,8 @@ class Local:
 class Cluster:
     """A job for each cell. One that is preempted, or whose time is up, is requeued, and resumes.
 
+    Jobs outlive the process that submitted them: a repeated sweep waits for those that are still there.
+
     Args:
         kind: "slurm", or "local" for submitit's own processes on this machine.
         partition, gpus: asked of slurm for each cell.
@@ -79,15 +85,24 @@ class Cluster:
             import submitit
         except ImportError as error:
             raise ImportError("engine slurm needs submitit: pip install 'samlite[cluster]'") from error
-        self._executor = submitit.AutoExecutor(folder / ".jobs", cluster=kind)
-        options: dict[str, Any] = {"timeout_min": minutes, "gpus_per_node": gpus, "cpus_per_task": 1}
+        self._kind, self._jobs = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[kind], folder / ".jobs"
+        self._executor = submitit.AutoExecutor(self._jobs, cluster=kind, slurm_max_num_timeout=REQUEUES)
+        options: dict[str, Any] = {"timeout_min": minutes, "gpus_per_node": gpus, "slurm_signal_delay_s": NOTICE}
         if partition:
             options["slurm_partition"] = partition
         self._executor.update_parameters(name="samlite", **options)
 
     def start(self, folder: Path, cell: Config, measure: Collection[str]) -> Running:
+        note = self._jobs / f"{cell.name}.json"
+        known = read_json(note) if note.exists() else {}
+        if known.get("measure") == list(measure):
+            job = self._kind(self._jobs, known["job"])
+            if not job.done(force_check=True):
+                return _Job(job)
         self._executor.update_parameters(cpus_per_task=cell.threads)
-        return _Job(self._executor.submit(_Cell(folder.resolve(), cell, tuple(measure))))
+        job = self._executor.submit(_Cell(folder.resolve(), cell, tuple(measure)))
+        write_json(note, {"job": job.job_id, "measure": list(measure)})
+        return _Job(job)
 
 
 @dataclass(frozen=True)

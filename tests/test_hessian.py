@@ -444,16 +444,6 @@ def test_a_step_of_the_solver_does_not_wait_for_the_device() -> None:
     assert waits.count <= looks + 4
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", MODELS)
-def test_eigenvalues_on_a_gpu_equal_those_on_the_cpu(name: str) -> None:
-    model, x, y = problem(name)
-    values = Hessian(model, CE, (x, y)).eigenvalues(3, tol=1e-8).values
-    on_gpu = Hessian(model.cuda(), CE, (x, y)).eigenvalues(3, tol=1e-8).values
-    assert torch.allclose(values, on_gpu, rtol=1e-7)
-
-
 X, Y = torch.randn(8, 3), torch.randint(0, 2, (8,))
 LINEAR = nn.Linear(3, 2)
 

@@ -67,7 +67,7 @@ class Tied(nn.Module):
         self.words, self.positions, self.inner = nn.Embedding(7, 4), nn.Embedding(5, 4), nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.words(x) + self.positions(torch.arange(x.shape[1]))
+        h = self.words(x) + self.positions(torch.arange(x.shape[1], device=x.device))
         return F.linear(torch.tanh(self.inner(h)), self.words.weight).mean(1)
 
 

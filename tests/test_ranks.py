@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import process
+from conftest import Result, contents, process
 from torch import nn
 
 from samlite import Hessian, SAMPa, tasks
@@ -182,48 +182,74 @@ def test_training_on_two_ranks_is_that_on_one(found: Any) -> None:
     assert not torch.equal(alone["global"], alone["local"])
 
 
-def torchrun(*arguments: object, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+def launched(*arguments: object, folder: Path, restarts: int = 0) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
-    command += [*options.pop("launcher", []), "-m", "samlite.cli", *map(str, arguments)]
+    command += ["--max-restarts", str(restarts), "-m", "samlite.cli", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def torchrun(*arguments: object, folder: Path) -> Result:
+    process = launched(*arguments, folder=folder)
+    out, err = process.communicate(timeout=120)
+    return Result(process.returncode, out, err)
 
 
 @pytest.mark.slow
 def test_the_terminal_trains_and_measures_under_torchrun(tmp_path: Path) -> None:
     options = ["--width", 8, "--epochs", 3, "--optimizer", "sam", "--json"]
     two = torchrun("train", *options, "--out", "two", folder=tmp_path)
-    assert two.returncode == 0, two.stderr
+    assert two.status == 0, two.err
     one = process("train", *options, "--out", "one", cwd=tmp_path)
-    ends = [json.loads(ended)["result"]["final"] for ended in (one.out, two.stdout)]  # one document, of the first rank
+    ends = [json.loads(ended)["result"]["final"] for ended in (one.out, two.out)]  # one document, of the first rank
     assert ends[1]["test_loss"] == pytest.approx(ends[0]["test_loss"], rel=1e-4)  # float32
     two = torchrun("sharpness", "two", "--moments", "--json", folder=tmp_path)
     one = process("sharpness", "two", "--moments", "--json", cwd=tmp_path)
-    found = [json.loads(ended) for ended in (one.out, two.stdout)]
+    found = [json.loads(ended) for ended in (one.out, two.out)]
     assert found[1]["eigenvalues"]["values"] == pytest.approx(found[0]["eigenvalues"]["values"], rel=1e-9)
     assert found[1]["moments"]["powers"] == pytest.approx(found[0]["moments"]["powers"], rel=1e-9)
 
 
-@pytest.mark.slow
-def test_a_killed_rank_ends_all_with_a_message_and_a_restart_goes_on(tmp_path: Path) -> None:
-    def config(out: str) -> list[object]:
-        return ["train", "--width", 8, "--epochs", 300, "--optimizer", "sam", "--out", out]
+LONG = ["train", "--width", 8, "--epochs", 300, "--optimizer", "sam", "--out", "run"]
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "samlite.cli", *map(str, config("run"))]
-    started = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+
+def killed_while_training(folder: Path, restarts: int) -> tuple[subprocess.Popen[str], float]:
+    """Training on two ranks, the second of which is killed once there is something to go on from; and when."""
+    started = launched(*LONG, folder=folder, restarts=restarts)
     deadline = time.monotonic() + 100
-    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+    while not (folder / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     ranks = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
-    killed = time.monotonic()
+    return started, time.monotonic()
+
+
+def epochs(folder: Path) -> list[int]:
+    return [json.loads(line)["epoch"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all_with_a_message_and_a_repeat_goes_on(tmp_path: Path) -> None:
+    started, killed = killed_while_training(tmp_path, restarts=0)
     _, message = started.communicate(timeout=60)
     assert started.returncode != 0 and time.monotonic() - killed < 30
     assert "SIGKILL" in message
-    ended = torchrun(*config("run"), folder=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 300
+    ended = torchrun(*LONG, folder=tmp_path)
+    assert ended.status == 0, ended.err
+    assert epochs(tmp_path) == list(range(1, 301))
+
+
+@pytest.mark.slow
+def test_a_launcher_that_restarts_its_ranks_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    started, _ = killed_while_training(tmp_path, restarts=1)
+    _, message = started.communicate(timeout=120)
+    assert started.returncode == 0, message
+    assert epochs(tmp_path) == list(range(1, 301))
+    whole = torchrun(*LONG[:-1], "whole", folder=tmp_path)
+    assert whole.status == 0, whole.err
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
 def test_a_group_without_torch_distributed_is_refused() -> None:

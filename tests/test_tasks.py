@@ -193,11 +193,30 @@ def test_real_mnist_is_whole_and_normalised(real_data: Path) -> None:
     assert abs(data.train.inputs.mean().item()) < 0.02 and abs(data.train.inputs.std().item() - 1) < 0.02
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["digits", "synthetic", "cartpole"])  # those that need no data
-@pytest.mark.parametrize("optimizer", ["sgd", "sam"])
-def test_a_task_trains_on_a_gpu(tmp_path: Path, name: str, optimizer: str) -> None:
-    choices = {"optimizer": optimizer, "base": "sgd", "lr": 1e-3, "epochs": 2, "width": 8, "device": "cuda"}
-    records = list(train(Config.of(name, **choices), tmp_path))
-    assert len(records) == 2 and all(math.isfinite(record.train_loss) for record in records)
+SOURCES = {  # of the tasks that need data, in the folder of real data sets
+    **{name: name for name in ("mnist", "cifar10", "sst2", "pos")},
+    **{"vit": "cifar10", "molpcba": "molecules/tox21.csv.gz"},
+}
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.slow),
+        pytest.param(
+            "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA")]
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_trains_on_every_device(name: str, device: str, tmp_path: Path, real_data: Path) -> None:
+    settings = {"imagenet": {"size": 28, "workers": 0}, "atari": {"iterations": 1, "steps": 16}}.get(name)
+    source = str(real_data / SOURCES[name]) if name in SOURCES else None
+    if name == "imagenet":
+        source = str(tmp_path)
+        for split in ("train", "validation"):
+            path = real_data / "mnist" / "test-00000-of-00001.parquet"
+            (tmp_path / f"{split}-00000-of-00001.parquet").symlink_to(path.resolve())
+    choices = {"width": TASKS[name].widths[0], "epochs": 1, "device": device, "data": source, "settings": settings}
+    records = list(train(Config.of(name, optimizer="sam", **choices), tmp_path / "run"))
+    assert len(records) == 1 and math.isfinite(records[0].train_loss)

@@ -361,24 +361,6 @@ def test_parameter_groups_have_radii_of_their_own(problem: Problem) -> None:
         close(problem, w)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", [SAM, FriendlySAM, AgnosticSAM, SAMPa])
-def test_steps_on_a_gpu_are_those_on_the_cpu(kind: type[SAM]) -> None:
-    def weights(device: str) -> Tensor:
-        torch.manual_seed(1)
-        inputs, targets = torch.randn(6, 8, 4).to(device), torch.randint(0, 3, (6, 8)).to(device)
-        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(device)
-        problem = Problem(model, lambda f, i: nn.functional.cross_entropy(f(inputs[i]), targets[i]))
-        optimizer = kind(model.parameters(), torch.optim.SGD, RHO, lr=LR, momentum=0.9, max_norm=1.0)
-        for i in range(4):
-            second = {AgnosticSAM: [problem.closure(5)], SAMPa: [problem.closure(i + 1)]}.get(kind, [])
-            optimizer.step(problem.closure(i), *second)
-        return problem.weights.cpu()
-
-    torch.testing.assert_close(weights("cuda"), weights("cpu"), rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("kind", [SAM, FriendlySAM, AgnosticSAM, SAMPa])
 def test_a_step_waits_for_the_device_once(kind: type[SAM]) -> None:
     problem = network()
