@@ -18,7 +18,7 @@ from samlite.checkpoints import read_json, write_json
 from samlite.config import Config
 
 REQUEUES = 1000  # of a job whose time is up; each goes on where the last one stopped
-NOTICE = 30  # seconds before that at which a job is told: a run's files are never far behind
+NOTICE = 30  # seconds before that at which a job is told, or up to 60 more: a run's files are never far behind
 
 
 class Running(Protocol):
@@ -85,7 +85,9 @@ class Cluster:
             import submitit
         except ImportError as error:
             raise ImportError("engine slurm needs submitit: pip install 'samlite[cluster]'") from error
-        self._kind, self._jobs = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[kind], folder / ".jobs"
+        if minutes < 3:
+            raise ValueError(f"minutes must be >= 3, got {minutes}: a job is told up to 90 seconds before its end")
+        self._jobs, self._job = folder / ".jobs", {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[kind]
         self._executor = submitit.AutoExecutor(self._jobs, cluster=kind, slurm_max_num_timeout=REQUEUES)
         options: dict[str, Any] = {"timeout_min": minutes, "gpus_per_node": gpus, "slurm_signal_delay_s": NOTICE}
         if partition:
@@ -96,7 +98,7 @@ class Cluster:
         note = self._jobs / f"{cell.name}.json"
         known = read_json(note) if note.exists() else {}
         if known.get("measure") == list(measure):
-            job = self._kind(self._jobs, known["job"])
+            job = self._job(self._jobs, known["job"])
             if not job.done(force_check=True):
                 return _Job(job)
         self._executor.update_parameters(cpus_per_task=cell.threads)

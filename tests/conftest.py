@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
+# Before torch starts: the suite itself is what runs in parallel.
+os.environ["OMP_NUM_THREADS"] = "1"
+# Before rich is imported, which would take the width of every table from it.
+os.environ.pop("COLUMNS", None)
 # Before `datasets` is imported: no network, and no traces in the user's cache.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="samlite-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 
 class Waits(TorchDispatchMode):

@@ -124,7 +124,7 @@ BAD_CALLS = {
     "sweep --widths 8 --optimizers sgd,sma": "adamw, sam, friendly, agnostic, sampa; did you mean sam?",
     "sweep --widths 8 --optimizers sgd --rhos 0.1": "rhos must go with sam among the optimizers, got sgd",
     "sweep --widths 8 --rhos 0.1,-1": "rho must be >= 0, got -1.0",
-    "sweep --widths 8 --rho 0.1": "No such option '--rho'",
+    "sweep --widths 8 --rho x": "'x' is not a list of numbers such as 0.05,0.1",
     "sweep --width 8": "No such option '--width'",
     "sweep --widths 8 --lr 0": "lr must be > 0, got 0.0",
     "sweep --widths 8 --measure eigenvalues,none": "none must stand alone, got 'eigenvalues,none'",

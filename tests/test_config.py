@@ -3,10 +3,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from samlite import tasks
 from samlite.cli.options import read_recipe
 from samlite.config import Config
+from samlite.optimizers import optimizer_of
 from samlite.tasks import Task
 
 
@@ -27,6 +29,20 @@ def test_a_file_overrides_the_recipe_and_a_choice_the_file(task: Task, tmp_path:
     assert (config.lr, config.epochs, config.dropout, config.label_noise) == (0.3, 3, 0.2, 0.1)
     assert dict(config.settings) == {"clip": 0.5, "steps": 4} and config.augment
     assert config.batch_size == task.recipe.batch_size
+
+
+def test_what_a_variant_has_of_its_own_is_resolved_named_and_handed_to_it() -> None:
+    def optimizer(config: Config) -> Any:
+        return optimizer_of(torch.nn.Linear(2, 2), config, None)
+
+    friendly = Config.of("digits", optimizer="friendly", sigma=1, lmbda=0.5, width=8)
+    assert (friendly.sigma, friendly.lmbda, friendly.rho_val) == (1.0, 0.5, None)
+    assert friendly.name == "friendly-lmbda0.5-rho0.2-w8-s0"
+    assert (optimizer(friendly).sigma, optimizer(friendly).lmbda) == (1.0, 0.5)
+    agnostic = Config.of("digits", {"sigma": 2.0, "rho_val": 0.0}, optimizer="agnostic")
+    assert (agnostic.sigma, agnostic.rho_val, optimizer(agnostic).rho_val) == (None, 0.0, 0.0)
+    assert optimizer(Config.of("digits", optimizer="sampa")).lmbda == 0.2
+    assert Config.from_json(friendly.to_json(), "here") == friendly
 
 
 def test_a_config_survives_json(task: Task) -> None:
@@ -53,6 +69,13 @@ def test_a_config_survives_json(task: Task) -> None:
         ("digits", {"pruner": "snip"}, "pruner must go with a sparsity above 0, got snip"),
         ("digits", {"sparsity": 0.5, "pruner": "best"}, "pruner must be one of random, snip, magnitude, got 'best'"),
         ("digits", {"patience": -1}, "patience must be >= 0, got -1"),
+        (
+            "digits",
+            {"optimizer": "sam", "sigma": 0.5},
+            "sigma must not be given for sam, got 0.5; use optimizer friendly",
+        ),
+        ("digits", {"lmbda": 0.5}, "lmbda must not be given for sgd, got 0.5; use optimizer friendly or sampa"),
+        ("digits", {"optimizer": "sampa", "lmbda": 1.0}, "lmbda must be >= 0 and < 1, got 1.0"),
         ("digits", {"linearize": 1}, "linearize must be true or false, got 1"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,10 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
     "AdamW": (torch.optim.AdamW, {"lr": 0.01}),
 }
+CHAINS = [f"(M_3 - H³) v, {name}" for name in MODELS]
 CHECKS: dict[str, Check] = {
     **{f"H v, {name}": lambda device, name=name: product(name, 1, device) for name in MODELS},
-    **{f"(M_3 - H³) v, {name}": lambda device, name=name: product(name, 3, device) for name in MODELS},
+    **{CHAINS[i]: lambda device, name=name: product(name, 3, device) for i, name in enumerate(MODELS)},
     **{which: measured(lambda h, which=which: numbers(h.eigenvalues(3, which, tol=1e-9).values)) for which in WHICH},
     "power iteration": measured(lambda h: numbers(h.eigenvalues(1, method="power", tol=1e-4).values)),
     "eigenvectors": measured(lambda h: numbers(h.eigenvalues(2, tol=1e-9, vectors=True).vectors.abs())),
@@ -160,15 +162,25 @@ def test_a_gpu_gives_what_the_cpu_does(name: str) -> None:
     close(CHECKS[name]("cuda"), CHECKS[name]("cpu"))
 
 
-@pytest.fixture(scope="module")
-def simulated() -> dict[str, Any]:
+SLOW = {"moments", "moments of batches", "stability", "sharpness", "power iteration", *CHAINS} - {CHAINS[0]}
+
+
+@cache
+def simulated(*names: str) -> dict[str, Any]:
+    """What these checks find on the simulated device."""
     script = Path(__file__).with_name("simulated.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(script), *names], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_a_device_that_cannot_mix_with_the_cpu_gives_what_the_cpu_does(name: str, simulated: dict[str, Any]) -> None:
-    close(simulated[name], CHECKS[name]("cpu"))
+@pytest.mark.parametrize("name", [name for name in CHECKS if name not in SLOW])
+def test_a_device_that_cannot_mix_with_the_cpu_gives_what_the_cpu_does(name: str) -> None:
+    close(simulated(*(name for name in CHECKS if name not in SLOW))[name], CHECKS[name]("cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(SLOW))
+def test_a_device_that_cannot_mix_with_the_cpu_gives_what_the_cpu_does_slowly(name: str) -> None:
+    close(simulated(*sorted(SLOW))[name], CHECKS[name]("cpu"))

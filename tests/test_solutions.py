@@ -18,10 +18,10 @@ pytest.importorskip("sklearn")
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """At width 128 every run interpolates, at 8 none does."""
+    """At width 192 every run interpolates, at 8 none does."""
     folder = tmp_path_factory.mktemp("sweep")
-    recipe = {"epochs": 60, "rho": 0.02, "batch_size": 16}
-    cells = sweep.grid("digits", [8, 128], seeds=2, recipe=recipe, device="cpu")
+    recipe = {"epochs": 40, "rho": 0.02, "batch_size": 16}
+    cells = sweep.grid("digits", [8, 192], seeds=2, recipe=recipe, device="cpu")
     write_json(folder / "sweep.json", {"cells": [cell.to_json() for cell in cells]})
     for cell in cells:  # in this process, to save time
         list(train(cell, folder / cell.name))
@@ -35,15 +35,15 @@ def flat(path: Path) -> torch.Tensor:
 def first(seed: int) -> torch.Tensor:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        state = tasks.get("digits").model(128).state_dict()
+        state = tasks.get("digits").model(192).state_dict()
     return torch.cat([tensor.flatten().double() for _, tensor in sorted(state.items())])
 
 
 def test_distances_are_those_between_the_weights_of_the_files(swept: Path) -> None:
     groups = {(each.group.width, each.group.optimizer): each for each in solutions(swept)}
-    sam, sgd = groups[128, "sam"], groups[128, "sgd"]
+    sam, sgd = groups[192, "sam"], groups[192, "sgd"]
     weights = {
-        name: [flat(swept / f"{name}-w128-s{seed}" / "model.safetensors") for seed in (0, 1)]
+        name: [flat(swept / f"{name}-w192-s{seed}" / "model.safetensors") for seed in (0, 1)]
         for name in ("sgd", "sam-rho0.02")
     }
     moved = [float((weights["sam-rho0.02"][seed] - first(seed)).norm()) for seed in (0, 1)]
@@ -54,7 +54,7 @@ def test_distances_are_those_between_the_weights_of_the_files(swept: Path) -> No
     relative = mean(moved[seed] / float(first(seed).norm()) for seed in (0, 1))
     assert sam.relative is not None and sam.relative.mean == pytest.approx(relative, rel=1e-9)
     metrics = [
-        json.loads((swept / f"sgd-w128-s{s}" / "result.json").read_text())["final"]["test_metric"] for s in (0, 1)
+        json.loads((swept / f"sgd-w192-s{s}" / "result.json").read_text())["final"]["test_metric"] for s in (0, 1)
     ]
     assert sgd.metric_spread == pytest.approx(stdev(metrics))
 

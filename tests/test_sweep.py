@@ -187,6 +187,29 @@ def test_two_sweeps_share_a_folder_and_run_every_cell_once(tmp_path: Path) -> No
         assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 41))
 
 
+def test_cells_on_gpus_are_spread_over_them(tmp_path: Path) -> None:
+    engine = engines.Local(gpus=["3", "5"])
+    cells = grid("digits", [8], ["sgd"], seeds=3, **{**QUICK, "device": "cuda"})
+
+    def started(cell: Config) -> Any:
+        return engine.start(tmp_path, cell, ())
+
+    def ended(process: Any) -> None:
+        process.stop()
+        process.failure()
+
+    running = [started(cell) for cell in cells]
+    assert [process.gpu for process in running] == ["3", "5", "3"]
+    environment = Path(f"/proc/{running[1].child.pid}/environ")
+    if environment.exists():
+        assert b"CUDA_VISIBLE_DEVICES=5" in environment.read_bytes().split(b"\0")
+    ended(running.pop())
+    running.append(started(cells[2]))
+    assert running[-1].gpu == "3"  # which that one left
+    for each in running:
+        ended(each)
+
+
 @pytest.mark.slow
 def test_jobs_of_a_cluster_run_the_cells(tmp_path: Path) -> None:
     pytest.importorskip("submitit")

@@ -246,8 +246,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 
 
 def test_a_killed_run_is_completed_bit_for_bit(tmp_path: Path) -> None:
-    config = digits(width=16, optimizer="sam", epochs=150)
-    options = ("--width", 16, "--optimizer", "sam", "--epochs", 150, "--device", "cpu", "--out", tmp_path / "killed")
+    config = digits(width=16, optimizer="sam", epochs=60)
+    options = ("--width", 16, "--optimizer", "sam", "--epochs", 60, "--device", "cpu", "--out", tmp_path / "killed")
     with subprocess.Popen(command("train", *options)) as victim:
         while not (tmp_path / "killed" / "metrics.jsonl").exists():
             assert victim.poll() is None
