@@ -18,6 +18,7 @@ BASES = ("sgd", "adam", "adamw")
 OPTIMIZERS = (*BASES, "sam", "friendly", "agnostic", "sampa")
 PRUNERS = ("random", "snip", "magnitude")
 PRECISIONS = ("float32", "bfloat16", "float16")
+SCALED = ("all", "weights")
 PERTURBATIONS = ("global", "local")
 MEASURES = ("eigenvalues", "moments")
 
@@ -169,6 +170,16 @@ def recipe_options(command: Command) -> Command:
             type=int,
             metavar="N",
             help="Stop N epochs after the best validation.",
+        ),
+        click.option(
+            "--adaptive",
+            type=click.Choice(SCALED),
+            help="Scale the perturbation with the parameters (ASAM): all, or the weights without biases and norms.",
+        ),
+        click.option(
+            "--normalize/--no-normalize",
+            default=None,
+            help="Divide the perturbation by its gradient's norm; the default.",
         ),
         click.option("--every", type=int, metavar="K", help="Perturb every K steps; the base optimizer steps between."),
         click.option("--m", type=int, help="Samples that share SAM's perturbation (m-SAM); default the batch."),

@@ -19,12 +19,27 @@ OWN: dict[str, dict[str, float]] = {  # what only some of the family have, with 
     "agnostic": {"rho_val": 0.05},
     "sampa": {"lmbda": 0.2},
 }
+SCALED = ("all", "weights")
+ADAPTIVE = ("sam", "friendly", "sampa")  # where the perturbation may scale with the weights
 PERTURBATIONS = ("global", "local")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SCHEDULES = ("step", "cosine", "constant")
 CONDITIONS = (  # of training, which a recipe file may set too
     *("augment", "label_noise", "sparsity", "pruner", "patience", "linearize"),
-    *("every", "m", "sigma", "lmbda", "rho_val", "accumulate", "clip", "precision", "perturb", "sync_batch_norm"),
+    *(
+        "adaptive",
+        "normalize",
+        "every",
+        "m",
+        "sigma",
+        "lmbda",
+        "rho_val",
+        "accumulate",
+        "clip",
+        "precision",
+        "perturb",
+        "sync_batch_norm",
+    ),
 )
 PRUNERS = ("random", "snip", "magnitude")
 
@@ -56,6 +71,8 @@ class Config:
     sparsity: float = 0.0  # fraction of the weights that are masked from the start
     pruner: str | None = None  # that chooses them
     patience: int = 0  # epochs without a better validation result after which training stops; 0: never
+    adaptive: str | None = None  # scale the perturbation with the parameters (ASAM): "all", or only the "weights"
+    normalize: bool = True  # False: the perturbation is rho times the gradient, however long that is
     every: int = 1  # the perturbation is taken every so many steps, and the base optimizer's own step between
     m: int = 0  # samples that share a perturbation (m-SAM); 0: all of a batch
     sigma: float | None = None  # of friendly: the share of the mean gradient that is left out; None: it has none
@@ -98,7 +115,7 @@ class Config:
         _check_number("clip", self.clip)
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("perturb", self.perturb, PERTURBATIONS)
-        for name in ("augment", "linearize", "sync_batch_norm"):
+        for name in ("augment", "normalize", "linearize", "sync_batch_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         self._check_optimizer()
@@ -110,6 +127,15 @@ class Config:
                 raise ValueError(f"rho must be 0 without SAM, got {self.rho}; use optimizer sam")
             if self.base != self.optimizer:
                 raise ValueError(f"base must go with SAM, got {self.base} with {self.optimizer}; use optimizer sam")
+        if self.adaptive is not None:
+            _check_choice("adaptive", self.adaptive, SCALED)
+            if self.optimizer not in ADAPTIVE:
+                use = " or ".join(ADAPTIVE)
+                raise ValueError(
+                    f"adaptive must not be given for {self.optimizer}, got {self.adaptive}; use optimizer {use}"
+                )
+        if not self.normalize and self.optimizer not in FAMILY:
+            raise ValueError(f"normalize must not be given for {self.optimizer}; use optimizer sam")
         if self.every > 1 and self.optimizer not in ("sam", "friendly"):
             raise ValueError(f"every must be 1 for {self.optimizer}, got {self.every}; use optimizer sam or friendly")
         if self.m and self.optimizer != "sam":
@@ -184,7 +210,9 @@ class Config:
             **recipe,
         }
         if optimizer not in FAMILY:
-            values["rho"] = 0.0
+            values |= {"rho": 0.0, "normalize": True}
+        if optimizer not in ADAPTIVE:
+            values["adaptive"] = None
         if known.recipe.dropout is None:
             values["dropout"] = None
         values["augment"] = values["augment"] and known.augments
@@ -246,6 +274,8 @@ class Config:
         base = "" if self.optimizer not in FAMILY or self.base == tasks.get(self.task).base else f"-{self.base}"
         usual = {"every": 1, "m": 0, **_own(self.optimizer)}
         varied = [f"{name}{getattr(self, name)}" for name in usual if getattr(self, name) != usual[name]]
+        varied += {None: [], "all": ["adaptive"], "weights": ["adaptive-weights"]}[self.adaptive]
+        varied += ["unnormalized"] * (not self.normalize)
         return "-".join([self.optimizer + base, *varied])
 
     def conditions(self) -> dict[str, Any]:

@@ -41,8 +41,19 @@ def optimizer_of(
     if config.perturb == "local" and isinstance(forward, DistributedDataParallel):
         options["no_sync"] = forward.no_sync
     options |= {name: getattr(config, name) for name in OWN.get(config.optimizer, {})}
+    options |= {"adaptive": config.adaptive is not None, "normalize": config.normalize}
     options |= {"model": model, "max_norm": config.clip or None, "scaler": scaler}
-    return _FAMILY.get(config.optimizer, SAM)(model.parameters(), _BASES[config.base], config.rho, **options)
+    groups: Any = _weights_and_rest(model) if config.adaptive == "weights" else model.parameters()
+    return _FAMILY.get(config.optimizer, SAM)(groups, _BASES[config.base], config.rho, **options)
+
+
+def _weights_and_rest(model: nn.Module) -> list[dict[str, Any]]:
+    """Biases, and the scales and shifts of normalisation, are vectors that ASAM may leave unscaled."""
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+    for name, parameter in model.named_parameters():
+        masked = "parametrizations" in name  # weights kept as the vector of those that are not masked
+        groups[parameter.ndim <= 1 and not masked].append(parameter)
+    return [{"params": groups[0]}, {"params": groups[1], "adaptive": False}]
 
 
 def scaler_of(config: Config) -> torch.amp.GradScaler | None:

@@ -231,6 +231,8 @@ def _differences(old: Config, new: Config) -> str:
         "seed",
         "every",
         "m",
+        "adaptive",
+        "normalize",
         "sigma",
         "lmbda",
         "rho_val",

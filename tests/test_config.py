@@ -45,6 +45,16 @@ def test_what_a_variant_has_of_its_own_is_resolved_named_and_handed_to_it() -> N
     assert Config.from_json(friendly.to_json(), "here") == friendly
 
 
+def test_asam_scales_all_parameters_or_only_the_weights() -> None:
+    def groups(adaptive: str | None) -> list[tuple[list[int], bool]]:
+        config = Config.of("digits", optimizer="sam", adaptive=adaptive)
+        optimizer = optimizer_of(torch.nn.Linear(2, 3), config, None)
+        return [([p.ndim for p in group["params"]], group["adaptive"]) for group in optimizer.param_groups]
+
+    assert groups(None) == [([2, 1], False)] and groups("all") == [([2, 1], True)]
+    assert groups("weights") == [([2], True), ([1], False)]
+
+
 def test_a_config_survives_json(task: Task) -> None:
     config = Config.of("everything", settings={"clip": 0.1}, sparsity=0.5, patience=3, linearize=True, augment=False)
     assert config.pruner == "random"
@@ -74,6 +84,14 @@ def test_a_config_survives_json(task: Task) -> None:
             {"optimizer": "sam", "sigma": 0.5},
             "sigma must not be given for sam, got 0.5; use optimizer friendly",
         ),
+        (
+            "digits",
+            {"adaptive": "all"},
+            "adaptive must not be given for sgd, got all; use optimizer sam or friendly or",
+        ),
+        ("digits", {"optimizer": "agnostic", "adaptive": "all"}, "adaptive must not be given for agnostic"),
+        ("digits", {"optimizer": "sam", "adaptive": True}, "adaptive must be one of all, weights, got True"),
+        ("digits", {"normalize": False}, "normalize must not be given for sgd; use optimizer sam"),
         ("digits", {"lmbda": 0.5}, "lmbda must not be given for sgd, got 0.5; use optimizer friendly or sampa"),
         ("digits", {"optimizer": "sampa", "lmbda": 1.0}, "lmbda must be >= 0 and < 1, got 1.0"),
         ("digits", {"linearize": 1}, "linearize must be true or false, got 1"),
@@ -92,6 +110,9 @@ def test_a_run_is_named_by_what_sets_it_apart(task: Task) -> None:
 
     assert name() == "sgd-w8-s0"
     assert name(optimizer="sam", rho=0.1, label_noise=0.25, seed=2) == "sam-rho0.1-w8-noise0.25-s2"
+    assert name(optimizer="sam", adaptive="all", rho=1) == "sam-adaptive-rho1.0-w8-s0"
+    assert name(optimizer="sampa", normalize=False, m=None) == "sampa-unnormalized-rho0.2-w8-s0"
+    assert Config.of("everything", {"adaptive": "all", "normalize": False}).label == "sgd"  # where they do not apply
     assert name(sparsity=0.9, weight_decay=0.0) == "sgd-w8-sparse0.9-decay0.0-s0"
     assert name(weight_decay=0.01) == "sgd-w8-s0"  # the recipe's
 
