@@ -18,6 +18,7 @@ BASES = ("sgd", "adam", "adamw")
 OPTIMIZERS = (*BASES, "sam", "friendly", "agnostic", "sampa")
 PRUNERS = ("random", "snip", "magnitude")
 PRECISIONS = ("float32", "bfloat16", "float16")
+SPLITS = ("batches", "gradients")
 SCALED = ("all", "weights")
 PERTURBATIONS = ("global", "local")
 MEASURES = ("eigenvalues", "moments")
@@ -199,6 +200,11 @@ def recipe_options(command: Command) -> Command:
             "--perturb",
             type=click.Choice(PERTURBATIONS),
             help="Under torchrun: by the gradient of all processes, or each by its own; default global.",
+        ),
+        click.option(
+            "--split",
+            type=click.Choice(SPLITS),
+            help="Under torchrun: what the processes share out; default batches, gradients are the two of sampa.",
         ),
         click.option("--sync-batch-norm", is_flag=True, default=None, help="Under torchrun: statistics over all GPUs."),
         click.option("--linearize", is_flag=True, default=None, help="Train the first-order expansion of the network."),

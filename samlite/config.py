@@ -22,24 +22,13 @@ OWN: dict[str, dict[str, float]] = {  # what only some of the family have, with 
 SCALED = ("all", "weights")
 ADAPTIVE = ("sam", "friendly", "sampa")  # where the perturbation may scale with the weights
 PERTURBATIONS = ("global", "local")
+SPLITS = ("batches", "gradients")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SCHEDULES = ("step", "cosine", "constant")
 CONDITIONS = (  # of training, which a recipe file may set too
     *("augment", "label_noise", "sparsity", "pruner", "patience", "linearize"),
-    *(
-        "adaptive",
-        "normalize",
-        "every",
-        "m",
-        "sigma",
-        "lmbda",
-        "rho_val",
-        "accumulate",
-        "clip",
-        "precision",
-        "perturb",
-        "sync_batch_norm",
-    ),
+    *("adaptive", "normalize", "sigma", "lmbda", "rho_val", "every", "m"),
+    *("accumulate", "clip", "precision", "perturb", "split", "sync_batch_norm"),
 )
 PRUNERS = ("random", "snip", "magnitude")
 
@@ -82,6 +71,7 @@ class Config:
     clip: float = 0.0  # largest norm of the gradient that is stepped with; 0: any
     precision: str = "float32"  # of the forward pass in training
     perturb: str = "global"  # of several processes: by the gradient of all, or each by its own ("local")
+    split: str = "batches"  # what several processes share out; the two "gradients" of sampa
     sync_batch_norm: bool = False  # statistics over all processes, on CUDA devices
     linearize: bool = False  # train the network's first-order expansion about its first weights
     track: int = 0  # largest Hessian eigenvalues recorded after every epoch
@@ -115,6 +105,7 @@ class Config:
         _check_number("clip", self.clip)
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("perturb", self.perturb, PERTURBATIONS)
+        _check_choice("split", self.split, SPLITS)
         for name in ("augment", "normalize", "linearize", "sync_batch_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -151,6 +142,8 @@ class Config:
             raise ValueError(f"m must be 0 with accumulate {self.accumulate}, got {self.m}; choose one of them")
         if self.perturb == "local" and self.optimizer != "sam":
             raise ValueError(f"perturb must be global for {self.optimizer}, got local; use optimizer sam")
+        if self.split == "gradients" and self.optimizer != "sampa":
+            raise ValueError(f"split must be batches for {self.optimizer}, got gradients; use optimizer sampa")
         if self.sync_batch_norm and not self.device.startswith("cuda"):
             raise ValueError(f"sync_batch_norm must go with CUDA devices, got {self.device}")
         if self.precision == "float16" and not self.device.startswith("cuda"):
@@ -222,6 +215,8 @@ class Config:
             values |= {"m": 0, "perturb": "global"}
         for name, usual in _own(optimizer).items():
             values[name] = None if usual is None else values.get(name, usual)
+        if optimizer != "sampa":
+            values["split"] = "batches"
         if base != "sgd":
             values["momentum"] = 0.0
         if {**values, **chosen}["schedule"] != "step":

@@ -37,10 +37,11 @@ def dense(task: Task, config: Config, data: Splits) -> nn.Module:
 
 
 @contextmanager
-def random_state(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
+def random_state(config: Config, epoch: int, device: torch.device) -> Iterator[None]:
     """Dropout and the like draw from a state that seed, epoch and rank decide, so a resumed run needs no other."""
+    part = ranks.rank() if config.split == "batches" else 0
     with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
-        torch.manual_seed((seed * 1_000_003 + epoch + ranks.rank() * 2**40) % 2**63)
+        torch.manual_seed((config.seed * 1_000_003 + epoch + part * 2**40) % 2**63)
         yield
 
 
@@ -52,5 +53,5 @@ def _chosen(network: nn.Module, task: Task, config: Config, data: Splits) -> dic
         return result
 
     assert config.pruner is not None
-    with random_state(config.seed, 0, data.train.targets.device):
+    with random_state(config, 0, data.train.targets.device):
         return choose(deepcopy(network), config.sparsity, config.pruner, loss, config.seed)

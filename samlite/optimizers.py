@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,8 +22,8 @@ _FAMILY = {"sam": SAM, "friendly": FriendlySAM, "agnostic": AgnosticSAM, "sampa"
 
 
 def parallel(model: nn.Module, config: Config) -> nn.Module:
-    """The model for the forward pass in training: gradients are averaged over the processes, if there are several."""
-    if ranks.world() == 1:
+    """The model for the forward pass in training: gradients are averaged over the processes that share batches."""
+    if ranks.world() == 1 or config.split == "gradients":
         return model
     if config.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
@@ -42,6 +43,8 @@ def optimizer_of(
         options["no_sync"] = forward.no_sync
     options |= {name: getattr(config, name) for name in OWN.get(config.optimizer, {})}
     options |= {"adaptive": config.adaptive is not None, "normalize": config.normalize}
+    if config.split == "gradients" and ranks.world() > 1:
+        options["process_group"] = dist.group.WORLD
     options |= {"model": model, "max_norm": config.clip or None, "scaler": scaler}
     groups: Any = _weights_and_rest(model) if config.adaptive == "weights" else model.parameters()
     return _FAMILY.get(config.optimizer, SAM)(groups, _BASES[config.base], config.rho, **options)
@@ -75,11 +78,15 @@ class Closures:
         config: Config,
         optimizer: SAM,
         held_out: Callable[[], Batch] | None,
-        gradients: int = 0,
     ) -> None:
         self.model, self.task, self.config, self.optimizer = model, task, config, optimizer
-        self.held_out, self.gradients = held_out, gradients
+        self.held_out, self._gradients = held_out, 0
+        self._share, self._shares = (ranks.rank(), ranks.world()) if config.split == "batches" else (0, 1)
         self._type = torch.device(config.device).type
+
+    def total(self) -> int:
+        """How many gradients of a batch have been computed, by all processes together."""
+        return self._gradients if self.config.split == "batches" else sum(ranks.gathered(self._gradients))
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[list[Any]]:
         """For each batch the arguments of the optimizer's step."""
@@ -93,7 +100,7 @@ class Closures:
     def of(self, batch: Batch) -> list[Closure]:
         """A closure for each micro-batch of this process; over all processes their mean loss is the batch's."""
         parts = self._parts(batch)
-        count = len(parts) * ranks.world()
+        count = len(parts) * self._shares
         whole = denominator(self.task.loss, batch[1]) if count > 1 else 1
         last = len(parts) - 1
         return [self._closure(part, count, whole, i == 0, i == last) for i, part in enumerate(parts)]
@@ -104,7 +111,7 @@ class Closures:
         waits = not last and not self.config.m  # for the others of the batch: gradients are averaged once
 
         def closure() -> Tensor:
-            self.gradients += first
+            self._gradients += first
             with (
                 self.model.no_sync() if waits and isinstance(self.model, DistributedDataParallel) else nullcontext(),
                 torch.autocast(self._type, self._dtype, enabled=self.config.precision != "float32"),
@@ -121,10 +128,10 @@ class Closures:
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """The micro-batches of this process: as many on every process, the last ones perhaps empty."""
-        if not self.config.m and self.config.accumulate == ranks.world() == 1:
+        if not self.config.m and self.config.accumulate == self._shares == 1:
             return [batch]
-        share = -(-samples(batch) // ranks.world())
-        batch = rows(batch, slice(ranks.rank() * share, (ranks.rank() + 1) * share))
+        share = -(-samples(batch) // self._shares)
+        batch = rows(batch, slice(self._share * share, (self._share + 1) * share))
         size = self.config.m or -(-share // self.config.accumulate)
         return [rows(batch, slice(start, start + size)) for start in range(0, share, size)]
 

@@ -89,13 +89,12 @@ def together() -> None:
         dist.barrier()
 
 
-def all_true(here: bool) -> bool:
-    """Whether it is true on every process."""
-    if world() == 1:
-        return here
-    seen: list[Any] = [None] * world()
-    dist.all_gather_object(seen, here)
-    return all(seen)
+def gathered(here: T) -> list[T]:
+    """What every process gives, by rank. Plain values only."""
+    found: list[Any] = [here] * world()
+    if world() > 1:
+        dist.all_gather_object(found, here)
+    return found
 
 
 def own_part(data: Any) -> Any:

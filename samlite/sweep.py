@@ -237,6 +237,7 @@ def _differences(old: Config, new: Config) -> str:
         "lmbda",
         "rho_val",
         "perturb",
+        "split",
         "label_noise",
         "sparsity",
         "weight_decay",

@@ -122,8 +122,8 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
         if config.optimizer == "agnostic":
             trained, rest = hold_out(data.train, draw=generator("held out", config.seed))
             held_out = _held_out(rest, config.batch_size, order)
-        gradients = records[-1].gradient_evaluations if records else 0
-        closures = Closures(forward, task, config, optimizer, held_out, gradients)
+        closures = Closures(forward, task, config, optimizer, held_out)
+        gradients_before = records[-1].gradient_evaluations if records else 0
         seconds_before = records[-1].seconds if records else 0.0
         started = saved = time.perf_counter()
         for epoch in range(len(records) + 1, config.epochs + 1):
@@ -134,7 +134,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
                 group["lr"] = lr
 
             losses: list[Tensor] = []
-            with network.random_state(config.seed, epoch, device):
+            with network.random_state(config, epoch, device):
                 for step in closures.steps(task.batches(model, trained, config, order)):
                     model.train()
                     for group in optimizer.param_groups:
@@ -144,7 +144,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
             steps += len(losses)
             train, validation = (_evaluated(task, model, part) for part in (data.train, data.validation))
             finite = all(map(math.isfinite, [*torch.stack(losses).tolist(), train.loss, validation.loss]))
-            if not ranks.all_true(finite):
+            if not all(ranks.gathered(finite)):
                 raise TrainingError(
                     f"the loss is no longer finite in epoch {epoch} at lr {lr:g}; try a smaller lr, in another folder"
                 )
@@ -157,7 +157,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
                 validation.metric,
                 lr,
                 steps,
-                closures.gradients,
+                gradients_before + closures.total(),
                 seconds_before + time.perf_counter() - started,
             )
             records.append(TrackedRecord(**vars(record), **tracked) if tracked else record)

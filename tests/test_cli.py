@@ -193,6 +193,7 @@ def test_the_choices_on_screen_are_those_of_the_library() -> None:
     assert options.OPTIMIZERS == config.OPTIMIZERS and options.BASES == config.BASES
     assert options.PRUNERS == config.PRUNERS and options.PRECISIONS == config.PRECISIONS
     assert options.PERTURBATIONS == config.PERTURBATIONS and options.SCALED == config.SCALED
+    assert options.SPLITS == config.SPLITS
 
 
 def test_help_and_version_start_without_torch() -> None:

@@ -93,6 +93,7 @@ def test_a_config_survives_json(task: Task) -> None:
         ("digits", {"optimizer": "sam", "adaptive": True}, "adaptive must be one of all, weights, got True"),
         ("digits", {"normalize": False}, "normalize must not be given for sgd; use optimizer sam"),
         ("digits", {"lmbda": 0.5}, "lmbda must not be given for sgd, got 0.5; use optimizer friendly or sampa"),
+        ("digits", {"split": "gradients"}, "split must be batches for sgd, got gradients; use optimizer sampa"),
         ("digits", {"optimizer": "sampa", "lmbda": 1.0}, "lmbda must be >= 0 and < 1, got 1.0"),
         ("digits", {"linearize": 1}, "linearize must be true or false, got 1"),
     ],

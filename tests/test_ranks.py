@@ -75,11 +75,9 @@ def shard(rank: int, unit: str) -> Any:
     return list(zip(inputs[mine].split(4), targets[mine].split(4), strict=True))
 
 
-def train(perturb: str, m: int = 0, accumulate: int = 1) -> torch.Tensor:
+def train(**choices: Any) -> torch.Tensor:
     """The weights after some steps of SAM in float64."""
-    config = Config.of(
-        "digits", width=12, optimizer="sam", perturb=perturb, m=m, accumulate=accumulate, batch_size=36, device="cpu"
-    )
+    config = Config.of("digits", **{"width": 12, "optimizer": "sam", "batch_size": 36, "device": "cpu", **choices})
     task = replace(tasks.get("digits"), loss=nn.CrossEntropyLoss(ignore_index=3))  # parts of unequal denominators
     data = task.load(None, 0).train
     data = replace(data, inputs=data.inputs.double())
@@ -128,11 +126,13 @@ def work(rank: int, port: int, folder: str) -> None:
     }
     found["pair"]["max_lr"] = max_lr(shard(rank, "pair"), dist.group.WORLD)
     found["training"] = {
-        "global": train("global"),
-        "accumulated": train("global", accumulate=3),
-        "local": train("local"),
-        "local m": train("local", m=9),
-        "sampa": sampa(dist.group.WORLD),
+        "global": train(perturb="global"),
+        "accumulated": train(perturb="global", accumulate=3),
+        "local": train(perturb="local"),
+        "local m": train(perturb="local", m=9),
+        "sampa": train(optimizer="sampa"),
+        "sampa, its gradients": train(optimizer="sampa", split="gradients", accumulate=2),
+        "sampa in a script": sampa(dist.group.WORLD),
     }
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -170,10 +170,12 @@ def test_every_rank_has_the_same_bits(found: Any, unit: str) -> None:
 
 def test_training_on_two_ranks_is_that_on_one(found: Any) -> None:
     alone = {
-        "global": train("global"),
-        "accumulated": train("global"),
-        "local": train("global", m=18),  # each rank is a group of m-SAM
-        "sampa": sampa(),
+        "global": train(),
+        "accumulated": train(),
+        "local": train(m=18),  # each rank is a group of m-SAM
+        "sampa": train(optimizer="sampa"),
+        "sampa, its gradients": train(optimizer="sampa", split="gradients"),
+        "sampa in a script": sampa(),
     }
     for name, weights in alone.items():
         assert (found[0]["training"][name] - weights).abs().max() < 1e-12, name
