@@ -3,10 +3,10 @@
     python tests/simulated.py NAME...
 
 runs these checks of test_devices.py on it and prints their results. Every operation of torch on its tensors comes to
-`_run` below, which refuses a tensor of another device beside them, as CUDA does, and counts the reads of a number.
-A wrapper has no memory: `_HELD` finds the CPU tensor behind it by its storage, which shallow copies share. A view has a
-storage of its own, so layers that look at a view of a parameter, such as batch norm, are measured the slow way. It is
-a process of its own, since torch takes such a device for good.
+`_run` below, which refuses a tensor of another device beside them, as CUDA does. A wrapper has no memory: `_HELD` finds
+the CPU tensor behind it by its storage, which shallow copies share. A view has a storage of its own, so layers that
+look at a view of a parameter, such as batch norm, are measured the slow way. It is a process of its own, since torch
+takes such a device for good.
 """
 
 import json
@@ -30,7 +30,6 @@ WHOLE = (
 )
 
 _HELD: dict[int, tuple[Tensor, Any]] = {}  # by the address of a wrapper's storage, which is kept with it
-reads = 0  # of a number on the device, so far
 
 
 class _Wrapper(Tensor):
@@ -103,8 +102,6 @@ def _copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
 
 
 def _read(wrapper: Tensor) -> Any:
-    global reads
-    reads += 1
     return _held(wrapper).item()
 
 
