@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import nn
 
 from samlite import SAM, AgnosticSAM, FriendlySAM, Hessian, SAMPa, __version__
+from samlite.config import usable_device
 from samlite.models import mlp, resnet18
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -83,9 +84,11 @@ def main() -> None:
     device = parser.parse_args().device
     wrong = False
     console = Console()
+    try:
+        usable_device(device)
+    except ValueError as error:
+        sys.exit(str(error))
     if torch.device(device).type == "cuda":
-        if not torch.cuda.is_available():
-            sys.exit("device must be usable here, got cuda, and torch finds none; use --device cpu")
         console.print(torch.cuda.get_device_name(device))
         wrong = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "cuda", str(TESTS)]).returncode != 0
     for name, case in CASES.items():

@@ -19,7 +19,7 @@ OPTIMIZERS = (*BASES, "sam", "friendly", "agnostic", "sampa")
 PRUNERS = ("random", "snip", "magnitude")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SPLITS = ("batches", "gradients")
-SCALED = ("all", "weights")
+SCALED = ("none", "all", "weights")
 PERTURBATIONS = ("global", "local")
 MEASURES = ("eigenvalues", "moments")
 
@@ -134,6 +134,26 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document, nothing else.")(command)
 
 
+def process_options(command: Command) -> Command:
+    """How several processes train one network."""
+    options = (
+        click.option(
+            "--perturb",
+            type=click.Choice(PERTURBATIONS),
+            help="Under torchrun: by the gradient of all processes, or each by its own; default global.",
+        ),
+        click.option(
+            "--split",
+            type=click.Choice(SPLITS),
+            help="Under torchrun: what the processes share out; default batches, gradients are the two of sampa.",
+        ),
+        click.option("--sync-batch-norm", is_flag=True, default=None, help="Under torchrun: statistics over all GPUs."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def recipe_options(command: Command) -> Command:
     """How to train: each option overrides a field of the task's recipe."""
     options = (
@@ -175,7 +195,7 @@ def recipe_options(command: Command) -> Command:
         click.option(
             "--adaptive",
             type=click.Choice(SCALED),
-            help="Scale the perturbation with the parameters (ASAM): all, or the weights without biases and norms.",
+            help="What scales the perturbation (ASAM): all parameters, or the weights without biases and norms.",
         ),
         click.option(
             "--normalize/--no-normalize",
@@ -196,17 +216,6 @@ def recipe_options(command: Command) -> Command:
         click.option(
             "--precision", type=click.Choice(PRECISIONS), help="Of the forward pass in training; default float32."
         ),
-        click.option(
-            "--perturb",
-            type=click.Choice(PERTURBATIONS),
-            help="Under torchrun: by the gradient of all processes, or each by its own; default global.",
-        ),
-        click.option(
-            "--split",
-            type=click.Choice(SPLITS),
-            help="Under torchrun: what the processes share out; default batches, gradients are the two of sampa.",
-        ),
-        click.option("--sync-batch-norm", is_flag=True, default=None, help="Under torchrun: statistics over all GPUs."),
         click.option("--linearize", is_flag=True, default=None, help="Train the first-order expansion of the network."),
         click.option("--threads", type=int, help="Threads of the CPU for a run."),
         click.option("--device", help="cpu, cuda, cuda:1, mps; default cuda if there is one."),

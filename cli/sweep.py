@@ -116,19 +116,20 @@ def sweep(
     from samlite import sweep as sweeps
     from samlite.engines import Cluster, Local
 
+    if engine == "local" and (partition or gpus):
+        raise ValueError("--partition and --gpus must go with --engine slurm; leave them out")
+    if gpus and device is None:
+        device = "cuda"  # of the nodes; this one may have none
     overrides, given = read_recipe(config), {name: value for name, value in recipe.items() if value is not None}
     if "settings" in overrides and "settings" in given:
         given["settings"] = {**overrides["settings"], **given["settings"]}
     overrides |= given
-    if gpus and device is None:
-        device = "cuda"  # of the nodes; this one may have none
     settings = {"base": base, "data": data, "device": device, "track": track}
     conditions = {"label_noises": label_noises, "sparsities": sparsities, "weight_decays": weight_decays}
     swept: dict[str, Any] = {name: values or () for name, values in conditions.items()}
     cells = sweeps.grid(task, widths, optimizers or (), seeds, rhos or (), **swept, recipe=overrides, **settings)
+    _check_taken(given, cells)
     folder = out or Path("runs") / task
-    if engine == "local" and (partition or gpus):
-        raise ValueError("--partition and --gpus must go with --engine slurm; leave them out")
     if engine == "slurm":
         where: Engine = Cluster(folder, engine, partition, gpus, minutes)
         jobs = len(cells) if jobs is None else jobs
@@ -141,6 +142,15 @@ def sweep(
         present(folder, as_json)
     if failures:
         raise RuntimeError(f"{failures} of {len(cells)} runs failed; repeat the command to retry them")
+
+
+def _check_taken(given: dict[str, Any], cells: "list[Config]") -> None:
+    """What is given for some kinds of optimizers must be for one of the sweep."""
+    for name in ("momentum", "adaptive", "normalize", "every", "m", "sigma", "lmbda", "rho_val"):
+        if name in given and not any(getattr(cell, name) == given[name] for cell in cells):
+            used = ", ".join(dict.fromkeys(cell.optimizer for cell in cells))
+            option = "--no-normalize" if name == "normalize" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} must be for one of the optimizers, got {used}; see samlite train --help")
 
 
 def _gpus() -> list[str]:

@@ -10,7 +10,15 @@ import click
 from rich.progress import Progress
 
 from samlite.cli.console import facts, metric, print_json, progress, stdout
-from samlite.cli.options import OPTIMIZERS, json_option, measures, read_recipe, recipe_options, task_argument
+from samlite.cli.options import (
+    OPTIMIZERS,
+    json_option,
+    measures,
+    process_options,
+    read_recipe,
+    recipe_options,
+    task_argument,
+)
 
 if TYPE_CHECKING:
     from samlite.config import Config
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
     "--sparsity", type=float, help="Fraction of the weights of linear and convolution layers masked from the start."
 )
 @recipe_options
+@process_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the initial weights and the order of batches.")
 @click.option(
     "--measure",

@@ -53,7 +53,9 @@ class Capture(TorchFunctionMode):
         self.sites: list[Any] = []
         self.probes: list[Probe] = []
         self._params = params
-        self._where = {_storage(p): i for i, p in enumerate(params)}
+        self._where: dict[int, list[int]] = {}  # the parameters in a storage: several may be parts of one vector
+        for i, param in enumerate(params):
+            self._where.setdefault(_storage(param), []).append(i)
         self.lookups: list[bool] = []  # of each embedding: whether its rows are the same for all samples
         self._pending: dict[int, tuple[Tensor, Tensor, Any]] = {}  # such (output, rows, use), by the output's id
         self._c = import_module("samlite._C")
@@ -71,7 +73,7 @@ class Capture(TorchFunctionMode):
         if pending is not None:
             self._follow(func, pending, result)
         for tensor in tensors(result):
-            if touched and _storage(tensor) not in self._where:
+            if touched and self.owner(tensor) is None:
                 raise UncoveredError(_name(func))
         if touched and getattr(func, "__name__", "").endswith("_") and not func.__name__.startswith("__"):
             raise UncoveredError(_name(func))
@@ -83,7 +85,12 @@ class Capture(TorchFunctionMode):
         """Which parameter a tensor is, or is a view of."""
         if not isinstance(tensor, Tensor):
             return None
-        return self._where.get(_storage(tensor))
+        first, end = _extent(tensor)
+        for index in self._where.get(_storage(tensor), ()):
+            start, stop = _extent(self._params[index])
+            if start <= first and end <= stop:
+                return index
+        return None
 
     def owns(self, *values: Any) -> bool:
         """Whether one of them is a measured parameter, or a view of one."""
@@ -155,6 +162,13 @@ def _storage(tensor: Tensor) -> int:
     """What a tensor has in common with its views; not the address of the memory, which devices need not tell."""
     address: int = tensor.untyped_storage()._cdata
     return address
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The first element of its storage that a tensor has, and the one behind the last."""
+    first = int(tensor.storage_offset())
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + (int(reach) + 1 if tensor.numel() else 0)
 
 
 # --- Layers: each handler computes the layer with its weights as constants and records it.

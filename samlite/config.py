@@ -19,7 +19,7 @@ OWN: dict[str, dict[str, float]] = {  # what only some of the family have, with 
     "agnostic": {"rho_val": 0.05},
     "sampa": {"lmbda": 0.2},
 }
-SCALED = ("all", "weights")
+SCALED = ("none", "all", "weights")
 ADAPTIVE = ("sam", "friendly", "sampa")  # where the perturbation may scale with the weights
 PERTURBATIONS = ("global", "local")
 SPLITS = ("batches", "gradients")
@@ -60,7 +60,7 @@ class Config:
     sparsity: float = 0.0  # fraction of the weights that are masked from the start
     pruner: str | None = None  # that chooses them
     patience: int = 0  # epochs without a better validation result after which training stops; 0: never
-    adaptive: str | None = None  # scale the perturbation with the parameters (ASAM): "all", or only the "weights"
+    adaptive: str = "none"  # what scales the perturbation (ASAM): "all" parameters, or only the "weights"
     normalize: bool = True  # False: the perturbation is rho times the gradient, however long that is
     every: int = 1  # the perturbation is taken every so many steps, and the base optimizer's own step between
     m: int = 0  # samples that share a perturbation (m-SAM); 0: all of a batch
@@ -118,13 +118,10 @@ class Config:
                 raise ValueError(f"rho must be 0 without SAM, got {self.rho}; use optimizer sam")
             if self.base != self.optimizer:
                 raise ValueError(f"base must go with SAM, got {self.base} with {self.optimizer}; use optimizer sam")
-        if self.adaptive is not None:
-            _check_choice("adaptive", self.adaptive, SCALED)
-            if self.optimizer not in ADAPTIVE:
-                use = " or ".join(ADAPTIVE)
-                raise ValueError(
-                    f"adaptive must not be given for {self.optimizer}, got {self.adaptive}; use optimizer {use}"
-                )
+        _check_choice("adaptive", self.adaptive, SCALED)
+        if self.adaptive != "none" and self.optimizer not in ADAPTIVE:
+            use = " or ".join(ADAPTIVE)
+            raise ValueError(f"adaptive must be none for {self.optimizer}, got {self.adaptive}; use optimizer {use}")
         if not self.normalize and self.optimizer not in FAMILY:
             raise ValueError(f"normalize must not be given for {self.optimizer}; use optimizer sam")
         if self.every > 1 and self.optimizer not in ("sam", "friendly"):
@@ -134,16 +131,20 @@ class Config:
         for name, usual in _own(self.optimizer).items():
             value = getattr(self, name)
             if usual is not None:
-                _check_number(name, value, below=1 if name == "lmbda" else math.inf)
+                _check_number(name, value)
             elif value is not None:
                 owners = " or ".join(optimizer for optimizer in OWN if name in OWN[optimizer])
                 raise ValueError(f"{name} must not be given for {self.optimizer}, got {value}; use optimizer {owners}")
+        if self.lmbda is not None and (self.lmbda > 1 or (self.lmbda == 1 and self.optimizer == "friendly")):
+            raise ValueError(f"lmbda must be {'<' if self.optimizer == 'friendly' else '<='} 1, got {self.lmbda}")
         if self.m and self.accumulate > 1:
             raise ValueError(f"m must be 0 with accumulate {self.accumulate}, got {self.m}; choose one of them")
         if self.perturb == "local" and self.optimizer != "sam":
             raise ValueError(f"perturb must be global for {self.optimizer}, got local; use optimizer sam")
         if self.split == "gradients" and self.optimizer != "sampa":
             raise ValueError(f"split must be batches for {self.optimizer}, got gradients; use optimizer sampa")
+        if self.split == "gradients" and self.sync_batch_norm:
+            raise ValueError("sync_batch_norm must not go with split gradients: both processes see the whole batch")
         if self.sync_batch_norm and not self.device.startswith("cuda"):
             raise ValueError(f"sync_batch_norm must go with CUDA devices, got {self.device}")
         if self.precision == "float16" and not self.device.startswith("cuda"):
@@ -205,7 +206,7 @@ class Config:
         if optimizer not in FAMILY:
             values |= {"rho": 0.0, "normalize": True}
         if optimizer not in ADAPTIVE:
-            values["adaptive"] = None
+            values["adaptive"] = "none"
         if known.recipe.dropout is None:
             values["dropout"] = None
         values["augment"] = values["augment"] and known.augments
@@ -242,7 +243,11 @@ class Config:
     def from_json(cls, document: Mapping[str, Any], origin: object) -> "Config":
         """The config in a JSON object, which may hold more. Raises ValueError naming its origin."""
         try:
-            values = {f.name: document[f.name] for f in fields(cls) if f.name in document or f.default is MISSING}
+            own = OWN.get(document.get("optimizer", ""), {})  # as they were before a config held them
+            values = {
+                **own,
+                **{f.name: document[f.name] for f in fields(cls) if f.name in document or f.default is MISSING},
+            }
             values["settings"] = tuple(sorted(values.get("settings", {}).items()))
             return cls(**_floats({**values, "milestones": tuple(values["milestones"])}))
         except KeyError as error:
@@ -269,7 +274,7 @@ class Config:
         base = "" if self.optimizer not in FAMILY or self.base == tasks.get(self.task).base else f"-{self.base}"
         usual = {"every": 1, "m": 0, **_own(self.optimizer)}
         varied = [f"{name}{getattr(self, name)}" for name in usual if getattr(self, name) != usual[name]]
-        varied += {None: [], "all": ["adaptive"], "weights": ["adaptive-weights"]}[self.adaptive]
+        varied += {"none": [], "all": ["adaptive"], "weights": ["adaptive-weights"]}[self.adaptive]
         varied += ["unnormalized"] * (not self.normalize)
         return "-".join([self.optimizer + base, *varied])
 
@@ -353,7 +358,7 @@ def _check_number(name: str, value: object, *, above: bool = False, below: float
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number, got {value!r}")
     if not (0 <= value < below) or (above and value == 0):
-        limit = "" if below == math.inf else f" and < {below}"
+        limit = f" and < {below}" if below < math.inf else "" if math.isfinite(value) else " and finite"
         raise ValueError(f"{name} must be {'>' if above else '>='} 0{limit}, got {value}")
 
 

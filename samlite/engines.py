@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from samlite.checkpoints import read_json, write_json
 from samlite.config import Config
 
 REQUEUES = 1000  # of a job whose time is up; each goes on where the last one stopped
+FORGOTTEN = 600.0  # seconds after which a job that slurm does not know has ended; a new one is not listed at once
 NOTICE = 30  # seconds before that at which a job is told, or up to 60 more: a run's files are never far behind
 
 
@@ -46,7 +48,7 @@ class Local:
 
     def __init__(self, gpus: Sequence[str] = ()) -> None:
         self.gpus = gpus
-        self._running: list[_Process] = []
+        self._running: list[_Process] = []  # on GPUs
 
     def start(self, folder: Path, cell: Config, measure: Collection[str]) -> Running:
         gpu = self._free() if self.gpus and cell.device == "cuda" else None
@@ -59,8 +61,10 @@ class Local:
             stdout=subprocess.DEVNULL,
             stderr=errors,
         )
-        self._running.append(_Process(child, errors, gpu))
-        return self._running[-1]
+        process = _Process(child, errors, gpu)
+        if gpu is not None:
+            self._running.append(process)
+        return process
 
     def _free(self) -> str:
         self._running = [process for process in self._running if not process.ended()]
@@ -96,15 +100,22 @@ class Cluster:
 
     def start(self, folder: Path, cell: Config, measure: Collection[str]) -> Running:
         note = self._jobs / f"{cell.name}.json"
-        known = read_json(note) if note.exists() else {}
-        if known.get("measure") == list(measure):
-            job = self._job(self._jobs, known["job"])
-            if not job.done(force_check=True):
-                return _Job(job)
+        if earlier := self._earlier(note, measure):
+            return _Job(earlier, note)
         self._executor.update_parameters(cpus_per_task=cell.threads)
         job = self._executor.submit(_Cell(folder.resolve(), cell, tuple(measure)))
         write_json(note, {"job": job.job_id, "measure": list(measure)})
-        return _Job(job)
+        return _Job(job, note)
+
+    def _earlier(self, note: Path, measure: Collection[str]) -> Any:
+        """The job that an earlier sweep has submitted for the same, if it has not ended; one that slurm has long
+        forgotten has."""
+        known = read_json(note) if note.exists() else {}
+        if known.get("measure") != list(measure):
+            return None
+        job = self._job(self._jobs, known["job"])
+        lost = job.state == "UNKNOWN" and time.time() - note.stat().st_mtime > FORGOTTEN
+        return None if lost or job.done(force_check=True) else job
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,7 @@ class _Process:
 @dataclass(frozen=True)
 class _Job:
     job: Any  # of submitit
+    note: Path  # that it was submitted
 
     def ended(self) -> bool:
         return bool(self.job.done())
@@ -142,6 +154,7 @@ class _Job:
 
     def stop(self) -> None:
         self.job.cancel(check=False)
+        self.note.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,10 @@ def dense(task: Task, config: Config, data: Splits) -> nn.Module:
 
 @contextmanager
 def random_state(config: Config, epoch: int, device: torch.device) -> Iterator[None]:
-    """Dropout and the like draw from a state that seed, epoch and rank decide, so a resumed run needs no other."""
+    """Dropout and the like draw from a state that seed, epoch and rank decide, so a resumed run needs no other.
+
+    Processes that share out gradients instead of batches must draw alike: both compute the first one of an epoch.
+    """
     part = ranks.rank() if config.split == "batches" else 0
     with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
         torch.manual_seed((config.seed * 1_000_003 + epoch + part * 2**40) % 2**63)

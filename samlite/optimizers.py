@@ -42,8 +42,10 @@ def optimizer_of(
     if config.perturb == "local" and isinstance(forward, DistributedDataParallel):
         options["no_sync"] = forward.no_sync
     options |= {name: getattr(config, name) for name in OWN.get(config.optimizer, {})}
-    options |= {"adaptive": config.adaptive is not None, "normalize": config.normalize}
+    options |= {"adaptive": config.adaptive != "none", "normalize": config.normalize}
     if config.split == "gradients" and ranks.world() > 1:
+        if ranks.world() != 2:
+            raise ValueError(f"split gradients must go with two processes, got {ranks.world()}; use --nproc-per-node 2")
         options["process_group"] = dist.group.WORLD
     options |= {"model": model, "max_norm": config.clip or None, "scaler": scaler}
     groups: Any = _weights_and_rest(model) if config.adaptive == "weights" else model.parameters()

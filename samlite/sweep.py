@@ -236,8 +236,6 @@ def _differences(old: Config, new: Config) -> str:
         "sigma",
         "lmbda",
         "rho_val",
-        "perturb",
-        "split",
         "label_noise",
         "sparsity",
         "weight_decay",

@@ -216,12 +216,15 @@ class SAMPa(SAM):
     def _exchanged(self, parts: Sequence[Callable[[], Any]]) -> list[Any]:
         """Both gradients with their losses: the first process computes the one, the second the other."""
         me = dist.get_rank(self.process_group)
-        if me == 1:
-            self._first_norm = torch.zeros(())  # that of the perturbation, which the first process looks at
         own = self._packed(*parts[me]())
         messages = [own if me == source else torch.empty_like(own) for source in (0, 1)]
         for source, message in enumerate(messages):
             dist.broadcast(message, group_src=source, group=self.process_group)
+        # What the first process divided by: both must skip a step where it is not finite.
+        self._first_norm = (
+            own.new_zeros((), dtype=torch.float64) if me else self._first_norm.to(own.device, torch.float64)
+        )
+        dist.broadcast(self._first_norm, group_src=0, group=self.process_group)
         for buffer in self.model.buffers() if self.model is not None else ():
             dist.broadcast(buffer, group_src=0, group=self.process_group)  # batch norm saw the batch there
         return [self._unpacked(message) for message in messages]

@@ -43,15 +43,17 @@ def test_what_a_variant_has_of_its_own_is_resolved_named_and_handed_to_it() -> N
     assert (agnostic.sigma, agnostic.rho_val, optimizer(agnostic).rho_val) == (None, 0.0, 0.0)
     assert optimizer(Config.of("digits", optimizer="sampa")).lmbda == 0.2
     assert Config.from_json(friendly.to_json(), "here") == friendly
+    old = {name: value for name, value in friendly.to_json().items() if name not in ("sigma", "lmbda", "rho_val")}
+    assert Config.from_json(old, "here").lmbda == 0.9  # which it was
 
 
 def test_asam_scales_all_parameters_or_only_the_weights() -> None:
-    def groups(adaptive: str | None) -> list[tuple[list[int], bool]]:
+    def groups(adaptive: str) -> list[tuple[list[int], bool]]:
         config = Config.of("digits", optimizer="sam", adaptive=adaptive)
         optimizer = optimizer_of(torch.nn.Linear(2, 3), config, None)
         return [([p.ndim for p in group["params"]], group["adaptive"]) for group in optimizer.param_groups]
 
-    assert groups(None) == [([2, 1], False)] and groups("all") == [([2, 1], True)]
+    assert groups("none") == [([2, 1], False)] and groups("all") == [([2, 1], True)]
     assert groups("weights") == [([2], True), ([1], False)]
 
 
@@ -87,14 +89,15 @@ def test_a_config_survives_json(task: Task) -> None:
         (
             "digits",
             {"adaptive": "all"},
-            "adaptive must not be given for sgd, got all; use optimizer sam or friendly or",
+            "adaptive must be none for sgd, got all; use optimizer sam or friendly or",
         ),
-        ("digits", {"optimizer": "agnostic", "adaptive": "all"}, "adaptive must not be given for agnostic"),
-        ("digits", {"optimizer": "sam", "adaptive": True}, "adaptive must be one of all, weights, got True"),
+        ("digits", {"optimizer": "agnostic", "adaptive": "all"}, "adaptive must be none for agnostic"),
+        ("digits", {"optimizer": "sam", "adaptive": True}, "adaptive must be one of none, all, weights, got True"),
         ("digits", {"normalize": False}, "normalize must not be given for sgd; use optimizer sam"),
         ("digits", {"lmbda": 0.5}, "lmbda must not be given for sgd, got 0.5; use optimizer friendly or sampa"),
         ("digits", {"split": "gradients"}, "split must be batches for sgd, got gradients; use optimizer sampa"),
-        ("digits", {"optimizer": "sampa", "lmbda": 1.0}, "lmbda must be >= 0 and < 1, got 1.0"),
+        ("digits", {"optimizer": "sampa", "lmbda": 1.1}, "lmbda must be <= 1, got 1.1"),
+        ("digits", {"optimizer": "friendly", "lmbda": 1.0}, "lmbda must be < 1, got 1.0"),
         ("digits", {"linearize": 1}, "linearize must be true or false, got 1"),
     ],
 )

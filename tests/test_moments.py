@@ -368,6 +368,32 @@ def test_samples_that_are_fitted_to_rounding_are_no_reason_for_a_fallback():
         Hessian(model, nn.CrossEntropyLoss(), (x, y)).moment_operator(2) @ torch.ones(20 * 16 + 16 + 16 * 4 + 4)
 
 
+@pytest.mark.parametrize("params", [None, "0.*", ["2.weight"]])
+def test_parameters_that_are_parts_of_one_vector_are_told_apart(params):
+    model, x, y = prepared("MLP")
+    right = Hessian(model, nn.CrossEntropyLoss(), (x, y), params=params).moment_operator(3)
+    v = torch.randn(right.shape[0])
+    expected = right @ v
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is not measured the slow way
+        found = Hessian(model, nn.CrossEntropyLoss(), (x, y), params=params).moment_operator(3) @ v
+    assert (found - expected).norm() <= ROUNDING * expected.norm()
+
+
+def test_an_lstm_whose_weights_are_parts_of_one_buffer_is_measured_as_cudnn_keeps_them():
+    model, x, y = prepared("LSTM")
+    right = Hessian(model, nn.CrossEntropyLoss(), (x, y)).moment_operator(3)
+    v = torch.randn(right.shape[0])
+    expected = right @ v
+    buffer, start = nn.utils.parameters_to_vector(model.lstm.parameters()).detach(), 0
+    for weight in model.lstm.parameters():
+        weight.data = buffer[start : start + weight.numel()].view_as(weight)
+        start += weight.numel()
+    found = Hessian(model, nn.CrossEntropyLoss(), (x, y)).moment_operator(3) @ v
+    assert (found - expected).norm() <= ROUNDING * expected.norm()
+
+
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_no_step_of_a_chain_waits_for_the_device(curvature):
     model, x, y = prepared("CNN with batch norm and residuals")
