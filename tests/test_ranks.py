@@ -113,6 +113,25 @@ def sampa(group: Any = None) -> torch.Tensor:
     return torch.cat([tensor.double().flatten() for tensor in model.state_dict().values()])
 
 
+def skipping(group: Any = None) -> torch.Tensor:
+    """The weights after two steps of SAMPa, and how many were skipped: the norm at y overflows, no other does."""
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = SAMPa([weight], torch.optim.SGD, rho=0.1, lmbda=0.0, lr=0.1, process_group=group)
+
+    def closure(loss: Any) -> Any:
+        def run() -> torch.Tensor:
+            loss().backward()
+            return loss().detach()
+
+        return run
+
+    first = closure(lambda: -100 * (weight + 0.05).relu().sum())  # leads y, not x, to 10
+    second = closure(lambda: (weight + 1e200 * (weight - 5).relu()).sum())
+    optimizer.step(first, second)
+    optimizer.step(second)
+    return torch.tensor([*weight.tolist(), optimizer.skipped], dtype=torch.float64)
+
+
 def work(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -133,6 +152,7 @@ def work(rank: int, port: int, folder: str) -> None:
         "sampa": train(optimizer="sampa"),
         "sampa, its gradients": train(optimizer="sampa", split="gradients", accumulate=2),
         "sampa in a script": sampa(dist.group.WORLD),
+        "sampa, skipping": skipping(dist.group.WORLD),
     }
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -176,12 +196,14 @@ def test_training_on_two_ranks_is_that_on_one(found: Any) -> None:
         "sampa": train(optimizer="sampa"),
         "sampa, its gradients": train(optimizer="sampa", split="gradients"),
         "sampa in a script": sampa(),
+        "sampa, skipping": skipping(),
     }
     for name, weights in alone.items():
         assert (found[0]["training"][name] - weights).abs().max() < 1e-12, name
     for name, weights in found[0]["training"].items():
         assert torch.equal(weights, found[1]["training"][name]), name
     assert not torch.equal(alone["global"], alone["local"])
+    assert alone["sampa, skipping"].tolist() == [0, 0, 1]
 
 
 def launched(*arguments: object, folder: Path, restarts: int = 0) -> subprocess.Popen[str]:
