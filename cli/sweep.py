@@ -146,7 +146,9 @@ def sweep(
 
 def _check_taken(given: dict[str, Any], cells: "list[Config]") -> None:
     """What is given for some kinds of optimizers must be for one of the sweep."""
-    for name in ("momentum", "adaptive", "normalize", "every", "m", "sigma", "lmbda", "rho_val"):
+    from samlite.config import OWN_NAMES
+
+    for name in ("momentum", "adaptive", "normalize", "every", "m", *OWN_NAMES):
         if name in given and not any(getattr(cell, name) == given[name] for cell in cells):
             used = ", ".join(dict.fromkeys(cell.optimizer for cell in cells))
             option = "--no-normalize" if name == "normalize" else f"--{name.replace('_', '-')}"

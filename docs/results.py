@@ -130,7 +130,7 @@ EXPERIMENTS = (
         "digits --widths 64 --optimizers sam --base sgd --adaptive weights --seeds 5 --rhos 0.2,0.5,1,2,4 "
         "--measure none\n"
         "digits --widths 64 --optimizers sam --base sgd --no-normalize --seeds 5 --rhos 0.02,0.1,0.5,2 --measure none",
-        "(not of this paper) ASAM takes a radius about ten times that of SAM; whether it scales biases matters little",
+        "(of Kwon et al. 2021, not of this paper) the best radius of ASAM is about ten times that of SAM",
         "100 validation images, on which many radii tie",
     ),
     Experiment(
@@ -209,25 +209,31 @@ def _longest(finished: list[Experiment]) -> float:
 def _section(experiment: Experiment) -> str:
     folder = RUNS / experiment.name
     report = summarize(folder)
-    picture = ROOT / "results" / f"{experiment.name}.png"
-    picture.parent.mkdir(exist_ok=True)
-    several = " --out runs/" + experiment.name if "\n" in experiment.options else ""
+    several = f" --out runs/{experiment.name}" if "\n" in experiment.options else ""
     commands = [f"samlite sweep {options}{several}" for options in experiment.options.splitlines()]
     lines = [f"## {experiment.title}", "\n".join(["```bash", *commands, "```"]), _table(report)]
+    lines += _details(experiment, report, folder)
+    return "\n\n".join([*lines, _verdict(experiment, report, folder)])
+
+
+def _details(experiment: Experiment, report: Report, folder: Path) -> list[str]:
+    """What belongs under the table: another table where there is one, and the figure."""
+    if experiment.name == "forms":
+        return [_radii(folder)]
+    picture = ROOT / "results" / f"{experiment.name}.png"
+    picture.parent.mkdir(exist_ok=True)
+    tables = []
     if experiment.name == "convergence":
         figures.convergence(convergence(folder), picture)
-        lines += [_rates(folder)]
-    elif experiment.name == "forms":
-        return "\n\n".join([*lines, _radii(folder), _verdict(experiment, report, folder)])
+        tables = [_rates(folder)]
     elif experiment.name.startswith("variants"):
         figures.cost(costs(folder), picture)
-        lines += [_costs(folder)]
+        tables = [_costs(folder)]
     else:
         figures.by_width(report, picture)
     if experiment.name == "digits":
-        lines += [_solutions(folder)]
-    lines += [f"![{experiment.title}](results/{experiment.name}.png)", _verdict(experiment, report, folder)]
-    return "\n\n".join(lines)
+        tables = [_solutions(folder)]
+    return [*tables, f"![{experiment.title}](results/{experiment.name}.png)"]
 
 
 def _table(report: Report) -> str:

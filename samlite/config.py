@@ -20,6 +20,7 @@ OWN: dict[str, dict[str, float]] = {  # what only some of the family have, with 
     "sampa": {"lmbda": 0.2},
 }
 SCALED = ("none", "all", "weights")
+OWN_NAMES = ("sigma", "lmbda", "rho_val")
 ADAPTIVE = ("sam", "friendly", "sampa")  # where the perturbation may scale with the weights
 PERTURBATIONS = ("global", "local")
 SPLITS = ("batches", "gradients")
@@ -27,7 +28,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 SCHEDULES = ("step", "cosine", "constant")
 CONDITIONS = (  # of training, which a recipe file may set too
     *("augment", "label_noise", "sparsity", "pruner", "patience", "linearize"),
-    *("adaptive", "normalize", "sigma", "lmbda", "rho_val", "every", "m"),
+    *("adaptive", "normalize", *OWN_NAMES, "every", "m"),
     *("accumulate", "clip", "precision", "perturb", "split", "sync_batch_norm"),
 )
 PRUNERS = ("random", "snip", "magnitude")
@@ -291,7 +292,7 @@ class Config:
 
 def _own(optimizer: str) -> dict[str, float | None]:
     """What only some of the family have: the usual value, None for what this optimizer has not."""
-    return {name: OWN.get(optimizer, {}).get(name) for name in ("sigma", "lmbda", "rho_val")}
+    return {name: OWN.get(optimizer, {}).get(name) for name in OWN_NAMES}
 
 
 def check_recipe(recipe: Mapping[str, Any]) -> None:
@@ -308,8 +309,7 @@ def check_recipe(recipe: Mapping[str, Any]) -> None:
 
 def _floats(values: Mapping[str, Any]) -> dict[str, Any]:
     """Whole numbers as floats where either may stand, so that 1 and 1.0 give one name."""
-    names = ["rho", "lr", "momentum", "weight_decay", "dropout", "label_noise", "sparsity", "clip"]
-    names += ["sigma", "lmbda", "rho_val"]
+    names = ("rho", "lr", "momentum", "weight_decay", "dropout", "label_noise", "sparsity", "clip", *OWN_NAMES)
     return {
         name: float(value) if name in names and isinstance(value, int) and not isinstance(value, bool) else value
         for name, value in values.items()

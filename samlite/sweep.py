@@ -13,7 +13,7 @@ from typing import IO, Any, Literal
 
 from samlite import tasks
 from samlite.checkpoints import claimed, locked, read_json, write_json
-from samlite.config import FAMILY, Config
+from samlite.config import FAMILY, OWN_NAMES, Config
 from samlite.engines import Engine, Local, Running
 
 CLAIMS = ".claims"  # a file for each cell that a sweep works on
@@ -223,23 +223,8 @@ def _merged(folder: Path, cells: Sequence[Config]) -> list[Config]:
 
 def _differences(old: Config, new: Config) -> str:
     """What two cells of one sweep must have in common, but do not."""
-    own = {
-        "width",
-        "optimizer",
-        "base",
-        "rho",
-        "seed",
-        "every",
-        "m",
-        "adaptive",
-        "normalize",
-        "sigma",
-        "lmbda",
-        "rho_val",
-        "label_noise",
-        "sparsity",
-        "weight_decay",
-    }
+    own = {"width", "optimizer", "base", "rho", "seed", "label_noise", "sparsity", "weight_decay"}
+    own |= {"adaptive", "normalize", *OWN_NAMES, "every", "m"}
     if not (old.sparsity and new.sparsity):
         own.add("pruner")
     if old.base != new.base:
