@@ -108,8 +108,7 @@ class Cluster:
         return _Job(job, note)
 
     def _earlier(self, note: Path, measure: Collection[str]) -> Any:
-        """The job that an earlier sweep has submitted for the same, if it has not ended; one that slurm has long
-        forgotten has."""
+        """The job that an earlier sweep submitted for the same, unless it has ended or slurm has long forgotten it."""
         known = read_json(note) if note.exists() else {}
         if known.get("measure") != list(measure):
             return None

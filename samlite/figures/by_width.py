@@ -96,10 +96,7 @@ def _curves(report: Report) -> dict[str, tuple[str, list[tuple[int, Outcome]]]]:
     found: dict[str, list[tuple[int, Outcome]]] = {}
     for row in report.rows:
         for name, outcome in row.optimizers.items():
-            label = ", ".join(
-                part
-                for part in (name.upper() if name in ("sgd", "sam") else name, described(row.condition.items()))
-                if part
-            )
+            method = name.upper() if name in ("sgd", "sam") else name
+            label = ", ".join(part for part in (method, described(row.condition.items())) if part)
             found.setdefault(label, []).append((row.parameters, outcome))
     return {label: (f"C{i}", outcomes) for i, (label, outcomes) in enumerate(found.items())}
