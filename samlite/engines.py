@@ -4,6 +4,7 @@ An engine starts a cell, `samlite train` in a subfolder of the sweep, and gives 
 """
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -91,6 +92,7 @@ class Cluster:
             raise ImportError("engine slurm needs submitit: pip install 'samlite[cluster]'") from error
         if minutes < 3:
             raise ValueError(f"minutes must be >= 3, got {minutes}: a job is told up to 90 seconds before its end")
+        logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns on standard output, which is for results
         self._jobs, self._job = folder / ".jobs", {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[kind]
         self._executor = submitit.AutoExecutor(self._jobs, cluster=kind, slurm_max_num_timeout=REQUEUES)
         options: dict[str, Any] = {"timeout_min": minutes, "gpus_per_node": gpus, "slurm_signal_delay_s": NOTICE}

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -224,6 +225,23 @@ def test_jobs_of_a_cluster_run_the_cells(tmp_path: Path) -> None:
     }
     assert finished(tmp_path / cells[0].name, cells[0])
     assert "must be empty or hold a run" in next(event.reason for event in events if event.state == "failed")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="needs slurm")
+def test_a_repeated_sweep_waits_for_the_jobs_of_one_that_was_killed(tmp_path: Path) -> None:
+    options = ("sweep", "--widths", 8, "--seeds", 1, "--optimizers", "sgd", "--epochs", 900, "--measure", "none")
+    call = (*options, "--engine", "slurm", "--out", tmp_path / "slurm", "--json")
+    note = tmp_path / "slurm" / ".jobs" / "sgd-w8-s0.json"
+    with subprocess.Popen(command(*call)) as launcher:
+        while not note.exists():
+            assert launcher.poll() is None
+            time.sleep(0.02)
+        launcher.kill()
+    submitted = note.read_text()
+    ended = process(*call)
+    assert ended.status == 0 and json.loads(ended.out)["unfinished"] == []
+    assert note.read_text() == submitted  # there was no second job
 
 
 def test_a_cell_is_finished_by_its_own_result_and_a_converged_measurement(tmp_path: Path) -> None:
