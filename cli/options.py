@@ -1,7 +1,7 @@
 """Arguments and options that several commands share, and the reading of their values."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,6 +134,13 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document, nothing else.")(command)
 
 
+def _with(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
+    """The command with these options, which its help lists in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def process_options(command: Command) -> Command:
     """How several processes train one network."""
     options = (
@@ -149,9 +156,7 @@ def process_options(command: Command) -> Command:
         ),
         click.option("--sync-batch-norm", is_flag=True, default=None, help="Under torchrun: statistics over all GPUs."),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _with(command, options)
 
 
 def recipe_options(command: Command) -> Command:
@@ -220,9 +225,7 @@ def recipe_options(command: Command) -> Command:
         click.option("--threads", type=int, help="Threads of the CPU for a run."),
         click.option("--device", help="cpu, cuda, cuda:1, mps; default cuda if there is one."),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _with(command, options)
 
 
 def read_recipe(path: Path | None) -> dict[str, Any]:

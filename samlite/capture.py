@@ -53,9 +53,10 @@ class Capture(TorchFunctionMode):
         self.sites: list[Any] = []
         self.probes: list[Probe] = []
         self._params = params
-        self._where: dict[int, list[int]] = {}  # the parameters in a storage: several may be parts of one vector
+        # The parameters in a storage, with their places there: several may be parts of one vector.
+        self._where: dict[int, list[tuple[int, int, int]]] = {}
         for i, param in enumerate(params):
-            self._where.setdefault(_storage(param), []).append(i)
+            self._where.setdefault(_storage(param), []).append((*_extent(param), i))
         self.lookups: list[bool] = []  # of each embedding: whether its rows are the same for all samples
         self._pending: dict[int, tuple[Tensor, Tensor, Any]] = {}  # such (output, rows, use), by the output's id
         self._c = import_module("samlite._C")
@@ -85,12 +86,11 @@ class Capture(TorchFunctionMode):
         """Which parameter a tensor is, or is a view of."""
         if not isinstance(tensor, Tensor):
             return None
+        there = self._where.get(_storage(tensor))
+        if there is None:
+            return None
         first, end = _extent(tensor)
-        for index in self._where.get(_storage(tensor), ()):
-            start, stop = _extent(self._params[index])
-            if start <= first and end <= stop:
-                return index
-        return None
+        return next((index for start, stop, index in there if start <= first and end <= stop), None)
 
     def owns(self, *values: Any) -> bool:
         """Whether one of them is a measured parameter, or a view of one."""

@@ -216,31 +216,32 @@ class SAMPa(SAM):
     def _exchanged(self, parts: Sequence[Callable[[], Any]]) -> list[Any]:
         """Both gradients with their losses: the first process computes the one, the second the other."""
         me = dist.get_rank(self.process_group)
-        own = self._packed(*parts[me]())
+        grads, loss = parts[me]()
+        own = self._packed(grads, loss, torch.zeros(()) if me else self._first_norm)
         messages = [own if me == source else torch.empty_like(own) for source in (0, 1)]
         for source, message in enumerate(messages):
             dist.broadcast(message, group_src=source, group=self.process_group)
-        # What the first process divided by: both must skip a step where it is not finite.
-        self._first_norm = (
-            own.new_zeros((), dtype=torch.float64) if me else self._first_norm.to(own.device, torch.float64)
-        )
-        dist.broadcast(self._first_norm, group_src=0, group=self.process_group)
+        self._first_norm = messages[0][-1]
         for buffer in self.model.buffers() if self.model is not None else ():
             dist.broadcast(buffer, group_src=0, group=self.process_group)  # batch norm saw the batch there
         return [self._unpacked(message) for message in messages]
 
-    def _packed(self, grads: dict[Tensor, Tensor], loss: Tensor | None) -> Tensor:
-        """One message: every gradient, zeros where there is none; which there are; and the loss."""
+    def _packed(self, grads: dict[Tensor, Tensor], loss: Tensor | None, norm: Tensor) -> Tensor:
+        """One message: every gradient, zeros where there is none; which there are; the loss; and 0 for a finite norm.
+
+        Both processes must skip a step where the first one divided by a norm that is not; then the last number is nan.
+        """
         weights = self._weights()
         parts = [grads.get(weight, torch.zeros_like(weight)).flatten() for weight in weights]
         there = parts[0].new_tensor([weight in grads for weight in weights])
-        return torch.cat([*parts, there, parts[0].new_zeros(1) if loss is None else loss.to(parts[0]).reshape(1)])
+        numbers = [parts[0].new_zeros(()) if loss is None else loss, norm * 0]
+        return torch.cat([*parts, there, *(number.to(parts[0]).reshape(1) for number in numbers)])
 
     def _unpacked(self, message: Tensor) -> tuple[dict[Tensor, Tensor], Tensor]:
         weights = self._weights()
-        *parts, there, loss = torch.split(message, [*(weight.numel() for weight in weights), len(weights), 1])
+        *parts, there, (loss, _) = torch.split(message, [*(weight.numel() for weight in weights), len(weights), 2])
         known = zip(weights, parts, there.tolist(), strict=True)
-        return {weight: part.view_as(weight) for weight, part, given in known if given}, loss[0]
+        return {weight: part.view_as(weight) for weight, part, given in known if given}, loss
 
     def _grads(self) -> dict[Tensor, Tensor]:
         return {weight: weight.grad.clone() for weight in self._weights() if weight.grad is not None}
