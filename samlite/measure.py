@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from samlite import ranks
+from samlite.batches import is_pair
 from samlite.checkpoints import load_weights, read_json, write_json
 from samlite.config import usable_device
 from samlite.hessian import Hessian
-from samlite.losses import is_pair
 from samlite.operator import Eigenvalues, Progress
 from samlite.sweep import measured
 
