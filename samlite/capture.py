@@ -135,11 +135,11 @@ class Capture(TorchFunctionMode):
     ) -> Tensor:
         """Records z = uses . a; `features`: how many trailing dimensions are not positions. Returns z."""
         shown = z if a is None else a
+        if not z.requires_grad:  # as it does where the weights are no constants
+            z = z + z.new_zeros(()).requires_grad_()
         if self.plan is None:
             self.probes.append(Probe(shown.detach().clone(), features))
             return z
-        if not z.requires_grad:
-            z = z + z.new_zeros(()).requires_grad_()
         layout = self.plan.layout(len(self.sites), shown, self.samples)
         site = self._c.Site(a, eta, z, layout)
         for use in uses:

@@ -30,6 +30,7 @@ from samlite.operator import Operator, Progress, check_steady, compiled, require
 from samlite.ranks import Ranks
 from samlite.sharpness import Block, Sharpness, blocks, sharpness
 from samlite.stability import Stability, stability
+from samlite.untouched import check_real
 
 
 class Hessian(Operator):
@@ -67,6 +68,7 @@ class Hessian(Operator):
         mode: Literal["eval", "train"] = "eval",
         process_group: Any = None,
     ) -> None:
+        check_real()
         if not isinstance(model, nn.Module):
             raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         require(mode in ("eval", "train"), f"mode must be 'eval' or 'train', got {mode!r}")
@@ -195,9 +197,8 @@ class Hessian(Operator):
 
     def gradient(self) -> Tensor:
         """The gradient of the mean loss: (p,)."""
-        sums = torch.zeros(self.shape[0]).to(self.params[0])
-        weights = 0.0
         with self._products():  # which also cuts the data into chunks that fit
+            sums, weights = torch.cat([torch.zeros_like(p).reshape(-1) for p in self.params]), 0.0
             self._losses.rewind(0)
             while (batch := self._losses.next_batch()) is not End:
                 total, weight = self._losses.total(batch)
@@ -205,10 +206,10 @@ class Hessian(Operator):
                 if total.requires_grad:
                     parts = torch.autograd.grad(total, self.params, allow_unused=True, materialize_grads=True)
                     sums += torch.cat([part.reshape(-1) for part in parts])
-        if self._ranks:
-            self._ranks.sum(sums)
-            weights = self._ranks.total(weights)
-        return sums / weights
+            if self._ranks:
+                self._ranks.sum(sums)
+                weights = self._ranks.total(weights)
+            return sums / weights
 
     def moment_operator(self, order: int, unit: Unit = "sample") -> MomentOperator:
         """M_order - H^order, with the interface of this one."""

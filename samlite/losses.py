@@ -149,8 +149,8 @@ class Losses:
         now = float(value.detach())
         if abs(now - self._first) > _DRIFT * max(abs(now), abs(self._first)):
             raise InputError(
-                f"data must give the same batches and losses at every pass, got {self._first:.6g}, then {now:.6g} on the "
-                "first batch; switch off shuffling, sampling and augmentation"
+                f"data must give the same batches and losses at every pass, got {self._first:.6g}, then {now:.6g} on "
+                "the first batch; switch off shuffling, sampling and augmentation"
             )
 
     def _batches(self) -> Iterator[Any]:
@@ -173,7 +173,7 @@ class Losses:
         try:
             batch = placed(batch, self.parameters[0])
             if self._writes:
-                batch = mapped(lambda part: part.clone() if isinstance(part, Tensor) else part, batch)
+                batch = _cloned(batch)
             with untouched(self.model, self.held, parameters, self.mode, seed), capture or nullcontext():
                 result = self.loss(self.model, batch)
         except (InputError, UncoveredError, torch.OutOfMemoryError):
@@ -183,7 +183,8 @@ class Losses:
         value, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             raise InputError(
-                f"loss_fn must return the mean loss over the batch as a scalar tensor, got {described(value)} on {where}"
+                f"loss_fn must return the mean loss over the batch as a scalar tensor, got {described(value)} "
+                f"on {where}"
             )
         return value.reshape(()), samples(batch) if weight is None else weight
 
@@ -200,15 +201,16 @@ class Losses:
         batch: Any = (self.data[0][:size], self.data[1][:size]) if is_pair(self.data) else self.next_batch()
         if batch is End:
             raise InputError("data must hold at least one batch, got none")
-        self._check_projections(batch)
+        self._check_projections(_cloned(batch))
         kept = [(p, p.detach().clone()) for p in self.parameters]
-        own = mapped(lambda part: part.clone() if isinstance(part, Tensor) else part, batch)
+        own = _cloned(batch)
         try:
             with torch.enable_grad(), warnings.catch_warnings():
                 # torch only warns where a loss broadcasts targets against outputs of another shape
                 warnings.filterwarnings("error", "Using a target size")
                 with _calls(self.model) as called:
                     value, weight = self._evaluate(own, self.model.parameters())
+                self._writes = any(tensor._version > 0 for tensor in tensors(own))
                 second = float(self._evaluate(batch, self.parameters, seed=1)[0].detach())
         finally:
             changed = [p for p, values in kept if not _equal(p, values)]
@@ -216,7 +218,6 @@ class Losses:
                 if any(p is each for each in changed):
                     with torch.no_grad():
                         p.copy_(values)
-        self._writes = any(tensor._version > 0 for tensor in tensors(own))
         if changed:
             raise InputError("the forward pass must leave the parameters as they are, got one that writes into them")
         first = float(value.detach())
@@ -262,7 +263,7 @@ class Losses:
         with torch.no_grad():
             for p in twin.parameters:
                 noise = torch.randn(p.shape, generator=generator, dtype=p.dtype, device="cpu").to(p.device)
-                p += 0.1 * noise * (p.abs() + p.abs().mean() + 0.1)
+                p.add_(0.1 * noise * (p.abs() + p.abs().mean() + 0.1))
         return twin
 
     def _differ(self, batch: Any, parts: Sequence[slice], tol: float) -> bool:
@@ -328,6 +329,10 @@ class _OtherUses(TorchFunctionMode):
         if used and func is not F.embedding and isinstance(result, Tensor):
             self.found = getattr(func, "__name__", str(func))
         return result
+
+
+def _cloned(batch: Any) -> Any:
+    return mapped(lambda part: part.clone() if isinstance(part, Tensor) else part, batch)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

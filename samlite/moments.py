@@ -203,7 +203,8 @@ def _chain(c: ModuleType, curves: Curves, batch: Any, plan: Plan) -> tuple[Any, 
 
 def _agree(c: ModuleType, curves: Curves, batch: Any, plan: Plan) -> bool:
     like = curves.losses.parameters[0]
-    v = torch.randn(sum(p.numel() for p in curves.losses.parameters), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    v = torch.randn(sum(p.numel() for p in curves.losses.parameters), generator=generator, device="cpu")
     v = v.to(like.device, like.dtype)
     curves.losses.forget()
     chain = _chain(c, curves, batch, plan)[0](v, 2)

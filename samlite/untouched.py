@@ -30,17 +30,18 @@ _CONTAINERS = (list, dict, set)
 # --- Around a measurement
 
 
-@contextmanager
-def neutral(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Undo whatever is switched on around this call and would enter the derivatives by these parameters.
-
-    Raises:
-        ValueError: the call is inside a transform of torch.func, or in fake tensors, where no number can be read.
-    """
+def check_real() -> None:
+    """Raise ValueError in a transform of torch.func and under fake tensors, where no number can be read."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise ValueError("samlite cannot measure inside a transform of torch.func (grad, vmap, ...); call it outside")
     if any(type(mode).__name__ == "FakeTensorMode" for mode in _get_current_dispatch_mode_stack()):
         raise ValueError("samlite cannot measure under FakeTensorMode, whose tensors hold no values; call it outside")
+
+
+@contextmanager
+def neutral(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Undo whatever is switched on around this call and would enter the derivatives by these parameters."""
+    check_real()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         for kind in {"cpu", parameters[0].device.type}:
