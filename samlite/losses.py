@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from samlite.batches import InputError, described, is_pair, mapped, placed, rows, samples, tensors
 from samlite.capture import UncoveredError
 from samlite.operator import compiled
-from samlite.untouched import modules_in, neutral, untouched
+from samlite.untouched import Draws, modules_in, neutral, untouched
 
 PROBE = 64  # rows that are evaluated to check the function and to size its graph
 _CHUNK = 1024  # rows of a pair of tensors that are differentiated together, where their graph fits
@@ -55,7 +55,8 @@ class Losses:
         self._first: float | None = None  # the loss of the first batch
         self.cut(len(self.data[0]) if is_pair(self.data) else 0)
         self._stream: Iterator[Any] = iter(())
-        self._index = 0
+        self._index = self._passes = 0
+        self._draws: Draws | None = None
 
     @property
     def divisible(self) -> bool:
@@ -110,13 +111,18 @@ class Losses:
 
     def rewind(self, batch: int) -> None:
         """Go to a batch: `next_batch` gives it."""
+        self._passes += 1
+        # What draws at random draws otherwise in every pass, so that it shows, and leaves no trace.
+        drawing = not is_pair(self.data) and not isinstance(self.data, list | tuple)
+        self._draws = Draws(self._passes) if drawing else None
         self._stream = islice(self._batches(), batch, None)
         self._index = batch
 
     def next_batch(self) -> Any:
         """The batch, or `End` behind the last; `total` must follow."""
         try:
-            return next(self._stream, End)
+            with self._draws.used() if self._draws else nullcontext():
+                return next(self._stream, End)
         except Exception as error:  # of whatever the data are
             if isinstance(error, InputError):
                 raise
@@ -154,13 +160,13 @@ class Losses:
             )
 
     def _batches(self) -> Iterator[Any]:
-        batches: Iterator[Any] = iter(self.data)
+        batches: Iterable[Any] = self.data
         if is_pair(self.data):
             inputs, targets = self.data
             batches = zip(inputs.split(self.chunk), targets.split(self.chunk), strict=True)
         if self._single:
             return (rows(batch, slice(i, i + 1)) for batch in batches for i in range(samples(batch)))
-        return batches
+        return (batch for batch in batches)  # which starts on the data when the first one is asked for
 
     def _evaluate(
         self,

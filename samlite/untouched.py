@@ -50,7 +50,6 @@ def neutral(parameters: Sequence[Tensor]) -> Iterator[None]:
             stack.enter_context(torch.autograd.set_detect_anomaly(False))
         stack.enter_context(_full_precision())
         stack.enter_context(_without_hooks(parameters))
-        stack.enter_context(_kept_random_state())
         yield
 
 
@@ -98,15 +97,34 @@ def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
                 parameter._backward_hooks = hooks
 
 
-@contextmanager
-def _kept_random_state() -> Iterator[None]:
-    """Put back the random states of Python and numpy, which a loss may draw from."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+# --- Around a look at the data
+
+
+class Draws:
+    """Random states of torch, Python and numpy for data to draw from, beside those of everybody else."""
+
+    def __init__(self, seed: int) -> None:
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(seed)
+            python = random.Random(seed).getstate()
+            self._states = torch.get_rng_state(), python, np.random.RandomState(seed).get_state()  # noqa: NPY002
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """What is drawn inside is drawn from these."""
+        outside = self._exchanged(self._states)
+        try:
+            yield
+        finally:
+            self._states = self._exchanged(outside)
+
+    @staticmethod
+    def _exchanged(states: tuple[Any, ...]) -> tuple[Any, ...]:
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])  # noqa: NPY002
+        return before
 
 
 # --- Around one evaluation

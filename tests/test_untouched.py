@@ -1,13 +1,15 @@
 """A measurement is that of one fixed function, whatever is switched on around it, and leaves the model as it was."""
 
 import copy
+import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_hessian import dense
@@ -546,17 +548,35 @@ def test_parameters_without_values_are_refused_by_name() -> None:
         Hessian(made, CE, samples())
 
 
-def test_python_and_numpy_keep_their_random_states() -> None:
-    import random
+class Rows(torch.utils.data.Dataset[Any]):
+    """Samples whose loading draws random numbers of every kind."""
 
-    import numpy as np
+    def __init__(self) -> None:
+        self.x, self.y = samples()
 
-    def noisy(model: nn.Module, batch: Any) -> Tensor:
-        return CE(model(batch[0]), batch[1]) + 1e-9 * random.random() + 1e-9 * float(np.random.rand())  # noqa: NPY002
+    def __len__(self) -> int:
+        return len(self.x)
 
-    random.seed(0), np.random.seed(0)  # noqa: NPY002
-    with nullcontext():
-        top(network(), noisy)
-    drawn = random.random(), float(np.random.rand())  # noqa: NPY002
-    random.seed(0), np.random.seed(0)  # noqa: NPY002
-    assert drawn == (random.random(), float(np.random.rand()))  # noqa: NPY002
+    def __getitem__(self, i: int) -> Any:
+        random.random(), np.random.rand(), torch.rand(())  # noqa: NPY002
+        return self.x[i], self.y[i]
+
+
+def test_random_states_are_kept_whatever_a_loader_draws() -> None:
+    def states() -> list[Any]:
+        return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]  # noqa: NPY002
+
+    before = states()
+    loader = torch.utils.data.DataLoader(Rows(), 8)
+    for memory in ("1GB", 0):
+        assert close(top(network(), data=loader, memory=memory), top(network()))
+    assert states() == before
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("memory", ["1GB", 0])
+def test_a_loader_that_shuffles_is_refused_whether_graphs_are_kept_or_not(drop_last: bool, memory: Any) -> None:
+    loader = torch.utils.data.DataLoader(Rows(), 8, shuffle=True, drop_last=drop_last)
+    for measure in (lambda h: h.eigenvalues(1), lambda h: h.moments(2), lambda h: h.gradient(), lambda h: h.trace()):
+        with pytest.raises(ValueError, match="same batches and losses at every pass"):
+            measure(Hessian(network(), CE, loader, memory=memory))
