@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Losses:
         self.held = modules_in(self.loss)
         self.coupled = False  # the samples of a pair depend on each other, so that it stays one batch
         self._writes = False  # the loss writes into its batch
-        self._first: float | None = None  # the loss of the first batch
+        self._first: tuple[float, list[Any]] | None = None  # the loss of the first batch, and the weights' state
         self.cut(len(self.data[0]) if is_pair(self.data) else 0)
         self._stream: Iterator[Any] = iter(())
         self._index = self._passes = 0
@@ -113,20 +113,23 @@ class Losses:
         """Go to a batch: `next_batch` gives it."""
         self._passes += 1
         # What draws at random draws otherwise in every pass, so that it shows, and leaves no trace.
-        drawing = not is_pair(self.data) and not isinstance(self.data, list | tuple)
-        self._draws = Draws(self._passes) if drawing else None
-        self._stream = islice(self._batches(), batch, None)
+        self._draws = None if isinstance(self.data, list | tuple) else Draws(self._passes)
+        with self._drawing():
+            self._stream = islice(self._batches(), batch, None)
         self._index = batch
 
     def next_batch(self) -> Any:
         """The batch, or `End` behind the last; `total` must follow."""
         try:
-            with self._draws.used() if self._draws else nullcontext():
+            with self._drawing():
                 return next(self._stream, End)
         except Exception as error:  # of whatever the data are
             if isinstance(error, InputError):
                 raise
             raise InputError(f"data must give all batches, got {_reason(error)} at batch {self._index}") from error
+
+    def _drawing(self) -> AbstractContextManager[None]:
+        return self._draws.used() if self._draws else nullcontext()
 
     def total(self, batch: Any, capture: AbstractContextManager[Any] | None = None) -> tuple[Tensor, float]:
         """(Sum of the batch's losses, its number or weight of samples); with `capture` the weights are constants.
@@ -152,21 +155,22 @@ class Losses:
     def _check_first(self, value: Tensor) -> None:
         if self._first is None or is_pair(self.data) or self._single:
             return
+        before, weights = self._first
         now = float(value.detach())
-        if abs(now - self._first) > _DRIFT * max(abs(now), abs(self._first)):
+        if abs(now - before) > _DRIFT * max(abs(now), abs(before)) and weights == self.state():
             raise InputError(
-                f"data must give the same batches and losses at every pass, got {self._first:.6g}, then {now:.6g} on "
+                f"data must give the same batches and losses at every pass, got {before:.6g}, then {now:.6g} on "
                 "the first batch; switch off shuffling, sampling and augmentation"
             )
 
     def _batches(self) -> Iterator[Any]:
-        batches: Iterable[Any] = self.data
+        batches: Iterator[Any] = iter(self.data)
         if is_pair(self.data):
             inputs, targets = self.data
             batches = zip(inputs.split(self.chunk), targets.split(self.chunk), strict=True)
         if self._single:
             return (rows(batch, slice(i, i + 1)) for batch in batches for i in range(samples(batch)))
-        return (batch for batch in batches)  # which starts on the data when the first one is asked for
+        return batches
 
     def _evaluate(
         self,
@@ -241,10 +245,13 @@ class Losses:
                 "the loss must depend on the parameters by operations that autograd follows, got one without a graph; "
                 "leave no_grad, inference_mode, detach() and item() out of model and loss"
             )
-        self._first = first
-        if is_pair(self.data) and self.mode == "eval" and len(self.data[0]) > 1:
-            half = (len(batch[0]) + 1) // 2
-            self.coupled = self.couples(batch, [slice(0, half), slice(half, None)])
+        self._first = first, self.state()
+        if is_pair(self.data) and self.mode == "eval":
+            n = len(batch[0])
+            edges = sorted(
+                {0, n // 7, n // 3, 2 * n // 3, n}
+            )  # parts of unequal size, as those of equal size may agree
+            self.coupled = n > 1 and self.couples(batch, [slice(*edge) for edge in pairwise(edges)])
         self.forget()
 
     def couples(self, batch: Any, parts: Sequence[slice]) -> bool:

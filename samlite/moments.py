@@ -219,14 +219,14 @@ def _few(batch: Any) -> Any:
     """A few samples of a batch, so many that no other dimension could be taken for them."""
     rule = "moments need batches with one row a sample in every tensor; give one sample a batch and use unit='batch'"
     if _holds_packed(batch):
-        raise ValueError(f"{rule} (got a PackedSequence)")
+        raise InputError(f"{rule} (got a PackedSequence)")
     try:
         count = samples(batch)
-    except ValueError as error:
-        raise ValueError(f"{rule} ({error})") from error
-    dims = {size for t in tensors(batch) for size in t.shape[1:]}
-    few = next((r for r in _PROBE_ROWS if r <= count and all(size % r for size in dims if size > 1)), min(count, 3))
-    return rows(batch, slice(0, few))
+        dims = {size for t in tensors(batch) for size in t.shape[1:]}
+        few = next((r for r in _PROBE_ROWS if r <= count and all(size % r for size in dims if size > 1)), min(count, 3))
+        return rows(batch, slice(0, few))
+    except InputError as error:
+        raise InputError(f"{rule} ({error})") from error
 
 
 def _holds_packed(batch: Any) -> bool:

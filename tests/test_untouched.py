@@ -566,10 +566,10 @@ def test_random_states_are_kept_whatever_a_loader_draws() -> None:
     def states() -> list[Any]:
         return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]  # noqa: NPY002
 
+    model, loader = network(), torch.utils.data.DataLoader(Rows(), 8)
     before = states()
-    loader = torch.utils.data.DataLoader(Rows(), 8)
     for memory in ("1GB", 0):
-        assert close(top(network(), data=loader, memory=memory), top(network()))
+        assert close(top(model, data=loader, memory=memory), top(model))
     assert states() == before
 
 
