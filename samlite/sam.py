@@ -26,6 +26,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT
 
 Closure = Callable[[], Tensor]
+# An optimizer class, with some of its arguments perhaps.
+Base = type[Optimizer] | partial[Any]
 TensorList = list[Tensor] | tuple[Tensor, ...]
 # A parameter group, with its weights and their gradients that share one device, dtype and sharding.
 Bucket = tuple[dict[str, Any], list[Tensor], list[Tensor]]
@@ -81,7 +83,7 @@ class SAM(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        base_optimizer: type[Optimizer] | partial[Any],
+        base_optimizer: Base,
         rho: float = 0.05,
         *,
         adaptive: bool = False,

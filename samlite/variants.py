@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
-from samlite.sam import SAM, Bucket, Closure
+from samlite.sam import SAM, Base, Bucket, Closure
 
 _NAMES = ("params", "param_names")  # what a group holds beside its options
 
@@ -33,13 +33,13 @@ class FriendlySAM(SAM):
 
     _kept = (*SAM._kept, "sigma", "lmbda", "_blank")
     _remembers = ("mean_gradient",)
-    _means: dict[Tensor, Tensor]  # of a step, to be kept if it is taken
+    _means: dict[Tensor, Tensor] = {}  # of a step, to be kept if it is taken
     _blank = False  # whether zeros stand in the state in place of means, for torch.distributed.checkpoint to load into
 
     def __init__(
         self,
         params: ParamsT,
-        base_optimizer: type[Optimizer],
+        base_optimizer: Base,
         rho: float = 0.05,
         *,
         sigma: float = 1.0,
@@ -70,6 +70,9 @@ class FriendlySAM(SAM):
 
     def _stepped(self) -> None:
         self._remember("mean_gradient", self._means)
+
+    def _descend(self, buckets: list[Bucket]) -> None:
+        super()._descend(buckets)
         self._means = {}
 
     def _make_state(self) -> Tensor:
@@ -99,7 +102,7 @@ class AgnosticSAM(SAM):
     def __init__(
         self,
         params: ParamsT,
-        base_optimizer: type[Optimizer],
+        base_optimizer: Base,
         rho: float = 0.05,
         *,
         rho_val: float = 0.05,
@@ -162,7 +165,7 @@ class SAMPa(SAM):
     def __init__(
         self,
         params: ParamsT,
-        base_optimizer: type[Optimizer],
+        base_optimizer: Base,
         rho: float = 0.05,
         *,
         lmbda: float = 0.2,
