@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils.hooks import RemovableHandle
 
 Closure = Callable[[], Tensor]
 # An optimizer class, with some of its arguments perhaps.
@@ -76,7 +78,7 @@ class SAM(Optimizer):
     _remembers: tuple[str, ...] = ()  # names of what a variant keeps in the state of a weight
     _perturbed: list[list[Tensor]] | None = None  # weights between first_step and second_step, by bucket
     _copies: Sequence[list[Tensor]] = ()  # what they were; the memory is kept from step to step
-    _guard: Any = None  # of model, between first_step and second_step
+    _guards: Sequence[RemovableHandle] = ()  # of model, between first_step and second_step
     _had_gradients = False
     _first_norm: Tensor
 
@@ -149,7 +151,8 @@ class SAM(Optimizer):
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturb the weights by the gradients of a first pass.
 
-        Until `second_step`, random state and buffers are in the caller's hands.
+        Until `second_step`, random state and buffers are in the caller's hands, and neither the optimizer nor `model`
+        can be saved: the weights are perturbed.
         """
         if self._perturbed is not None:
             raise RuntimeError("first_step was called twice; call second_step, or zero_grad and second_step")
@@ -161,7 +164,9 @@ class SAM(Optimizer):
             self._restore()
             raise
         if self.model is not None:
-            self._guard = self.model.register_state_dict_pre_hook(_refuse_to_save)  # type: ignore[no-untyped-call]
+            model: Any = self.model
+            registers = (model.register_state_dict_pre_hook, model.register_load_state_dict_pre_hook)
+            self._guards = [register(_refuse) for register in registers]
         if zero_grad:
             self.zero_grad()
 
@@ -326,18 +331,18 @@ class SAM(Optimizer):
                 torch._foreach_addcdiv_(weights, direction, divisors, value=radius)
             else:
                 torch._foreach_add_(weights, direction, alpha=radius)
-        torch.clear_autocast_cache()  # an autocast region around the step would go on with casts of the old weights
+        forget_old_weights()
         return norm
 
     def _restore(self) -> None:
         """Copy the saved weights back, in place: subtracting epsilon would round."""
         for weights, copies in zip(self._perturbed or [], self._copies, strict=False):
             torch._foreach_copy_(weights, copies)
-        torch.clear_autocast_cache()
+        forget_old_weights()
         self._perturbed = None
-        if self._guard is not None:
-            self._guard.remove()
-            self._guard = None
+        for guard in self._guards:
+            guard.remove()
+        self._guards = []
 
     def _descend(self, buckets: list[Bucket]) -> None:
         """Let the base optimizer step, if both gradients are finite."""
@@ -452,7 +457,7 @@ class SAM(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the base optimizer with its groups, as on any optimizer."""
-        self._check_restored("state_dict")
+        self._check_restored("state_dict was called")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state_dict: dict[str, Any] = self.base_optimizer.state_dict()
@@ -462,7 +467,7 @@ class SAM(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, or of the base optimizer alone; what that lacks stays as it is."""
-        self._check_restored("load_state_dict")
+        self._check_restored("load_state_dict was called")
         state_dict = {**state_dict}  # hooks may change it
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
@@ -474,9 +479,9 @@ class SAM(Optimizer):
         """Let also a checkpoint that is loaded into the base optimizer pass through `_completed`."""
         self.base_optimizer.register_load_state_dict_pre_hook(partial(_completed, remembers=self._remembers))
 
-    def _check_restored(self, call: str) -> None:
+    def _check_restored(self, event: str) -> None:
         if self._perturbed is not None:
-            raise RuntimeError(f"{call} was called between first_step and second_step; call second_step before it")
+            raise RuntimeError(f"{event} between first_step and second_step; call second_step before it")
 
     @contextmanager
     def _out_of_sight(self) -> Iterator[None]:
@@ -500,8 +505,8 @@ class SAM(Optimizer):
             self.state[weight][name] = value
 
     def _only_makes_state(self, closure: Any) -> bool:
-        """Whether this is the step by which torch.distributed.checkpoint makes a state: all is 0, and no closure."""
-        if closure is not None or any(group.get("lr", 0) != 0 for group in self.param_groups):
+        """Whether this is the step by which torch.distributed.checkpoint makes a state: no closure, and all is 0."""
+        if closure is not None or self.state or any(group.get("lr", 0) != 0 for group in self.param_groups):
             return False
         grads = [weight.grad for weight in self._weights() if weight.requires_grad]
         return all(grad is not None for grad in grads) and not any(grad.any() for grad in _shards(grads))
@@ -523,7 +528,7 @@ class SAM(Optimizer):
         return base.eval  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        self._check_restored("a copy or a pickle")
+        self._check_restored("the optimizer was copied or pickled")
         return {"defaults": self.defaults, **{name: getattr(self, name) for name in self._kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -554,8 +559,15 @@ def _completed(optimizer: Optimizer, state_dict: dict[str, Any], remembers: Sequ
     return {**state_dict, "state": state, "param_groups": saved}
 
 
-def _refuse_to_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    raise RuntimeError("state_dict of a model must not hold the weights that first_step perturbed; call second_step")
+def _refuse(*_: Any) -> None:
+    """A hook on saving and loading a model."""
+    raise RuntimeError("the model was saved or loaded between first_step and second_step; call second_step before it")
+
+
+def forget_old_weights() -> None:
+    """Make regions around the step compute anew what they keep of the weights: casts, and parametrized ones."""
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
 def _put_back(kept: Sequence[KeptBuffer]) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from samlite.sam import SAM, Base, Bucket, Closure
+from samlite.sam import SAM, Base, Bucket, Closure, forget_old_weights
 
 _NAMES = ("params", "param_names")  # what a group holds beside its options
 
@@ -239,7 +239,7 @@ class SAMPa(SAM):
         try:
             with self._trial():
                 self.base_optimizer.step()
-            torch.clear_autocast_cache()
+            forget_old_weights()
             with self._kept_buffers():
                 loss = self._run(closures)
         finally:

@@ -126,7 +126,9 @@ def resumed(mine: slice, folder: Path, kind: type[SAM], base: Any) -> dict[str, 
     model = sharded()
     optimizer = kind(model.parameters(), base, rho=0.1)
     train(optimizer, closures_of(model, mine), range(2))
-    dcp.save({"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+    dcp.save(
+        {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder
+    )
     model = sharded()
     optimizer = kind(model.parameters(), base, rho=0.3)
     state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
