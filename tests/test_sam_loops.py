@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from itertools import count
 from typing import Any
 
 import pytest
@@ -229,6 +230,37 @@ def test_a_step_with_all_weights_frozen_moves_nothing(kind: type[SAM]) -> None:
 
     loss = optimizer.step(*closures(kind, make, 0))
     assert torch.equal(loss, make(0)()) and torch.equal(weights_of(model), weights_of(network()))
+
+
+# ---- Errors ----
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("where", ["_foreach_addcdiv_", "_foreach_abs"])
+def test_an_error_on_the_way_up_leaves_no_weight_perturbed(by_hand: bool, where: str, monkeypatch: Any) -> None:
+    model = network()
+    model[2].double()  # a bucket of its own: the weights of the first are perturbed by then
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.5, adaptive=True, lr=0.1)
+    closure = closure_on(nn.Sequential(model[:2], Doubled(), model[2]), 0)
+    calls, real = count(), getattr(torch, where)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls):
+            raise InterruptedError
+        return real(*args, **kwargs)
+
+    before = [w.detach().clone() for w in model.parameters()]
+    closure()
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(torch, where, failing)
+        optimizer.first_step() if by_hand else optimizer.step(closure)
+    assert all(torch.equal(w, b) for w, b in zip(model.parameters(), before, strict=True))
+    optimizer.step(closure)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
 
 
 # ---- Buffers behind a step that is skipped ----
