@@ -158,6 +158,9 @@ class SAM(Optimizer):
             raise RuntimeError("first_step was called twice; call second_step, or zero_grad and second_step")
         if self._scaler:
             raise RuntimeError("first_step cannot unscale gradients; call step(closure), or unscale and pass no scaler")
+        if all(weight.grad is None for weight in self._weights()):
+            self._check_backward((), "first_step must come after backward", "before it")
+        self._had_gradients = True
         try:
             self._ascend()
         except BaseException:
@@ -166,7 +169,7 @@ class SAM(Optimizer):
         if self.model is not None:
             model: Any = self.model
             registers = (model.register_state_dict_pre_hook, model.register_load_state_dict_pre_hook)
-            self._guards = [register(_refuse) for register in registers]
+            self._guards = [register(_Guard()) for register in registers]
         if zero_grad:
             self.zero_grad()
 
@@ -248,24 +251,22 @@ class SAM(Optimizer):
                 raise ValueError(f"closure must return its loss, a tensor, got {type(loss).__name__}")
         grads = _shards([weight.grad for weight in weights if weight.grad is not None])
         if not grads:
-            self._check_backward(losses)
+            self._check_backward(losses, "closure must run backward", "in it")
         elif len(losses) > 1 or self._scaler:
             torch._foreach_div_(grads, len(losses) * self._scale(grads[0]))
         self._had_gradients |= bool(grads)
         return losses[0].detach() if len(losses) == 1 else torch.stack(losses).mean()
 
-    def _check_backward(self, losses: Sequence[Tensor]) -> None:
+    def _check_backward(self, losses: Sequence[Tensor], rule: str, where: str) -> None:
         """Raise where no weight has a gradient because backward has not run.
 
-        It may have run, if other weights than these have a gradient of the loss, or if the loss has no graph: then
-        it may be constant on this batch. But a first loss without a graph is that of a closure that detached it.
+        It has run where other weights than these have a gradient of the loss. A loss without a graph may be constant
+        on this batch; but if there has been no gradient before, the closure has detached it.
         """
         leaves = [leaf for loss in losses for leaf in _leaves(loss)]
         ran = any(leaf.grad is not None for leaf in leaves) if leaves else self._had_gradients
         if not ran and any(weight.requires_grad for weight in self._weights()):
-            raise ValueError(
-                "closure must run backward, but no weight has a gradient after it; call loss.backward() in the closure"
-            )
+            raise ValueError(f"{rule}, but no weight has a gradient; call loss.backward() {where}")
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
@@ -543,25 +544,37 @@ class SAM(Optimizer):
 def _completed(optimizer: Optimizer, state_dict: dict[str, Any], remembers: Sequence[str]) -> dict[str, Any]:
     """Make a checkpoint fit for the base optimizer of a SAM.
 
-    Options of SAM that it lacks stay as they are in the groups, and what another wrapper remembers is left out.
+    Options of SAM that it lacks stay as they are in the groups, and what another wrapper remembers is left out. Some
+    wrappers have nothing else in their state, and that of their base optimizer beside it.
     """
     groups, saved = optimizer.param_groups, state_dict["param_groups"]
     if len(groups) == len(saved):  # else torch refuses it
         ours = [{name: group[name] for name in _OPTIONS if name in group} for group in groups]
         saved = [{**options, **group} for options, group in zip(ours, saved, strict=True)]
+    entries = state_dict.get("base_optimizer", state_dict)["state"]
     foreign = _REMEMBERED - set(remembers)
     state = {
         weight: {name: value for name, value in values.items() if name not in foreign}
         if isinstance(values, dict)
         else values
-        for weight, values in state_dict["state"].items()
+        for weight, values in entries.items()
     }
     return {**state_dict, "state": state, "param_groups": saved}
 
 
-def _refuse(*_: Any) -> None:
-    """A hook on saving and loading a model."""
-    raise RuntimeError("the model was saved or loaded between first_step and second_step; call second_step before it")
+class _Guard:
+    """A hook of a model with perturbed weights: it can be copied, to measure it, but neither saved nor loaded."""
+
+    def __call__(self, *_: Any) -> None:
+        raise RuntimeError(
+            "the model was saved or loaded between first_step and second_step; call second_step before it"
+        )
+
+    def __reduce__(self) -> Any:
+        return self()
+
+    def __deepcopy__(self, memo: Any) -> "_Guard":
+        return self
 
 
 def forget_old_weights() -> None:

@@ -190,7 +190,7 @@ def test_a_closure_that_forgets_backward_is_told_so(kind: type[SAM], rho: float)
         inputs, targets = batch(i)
         return lambda: cross_entropy(model(inputs), targets)
 
-    message = r"closure must run backward, but no weight has a gradient after it; call loss.backward\(\) in the closure"
+    message = r"closure must run backward, but no weight has a gradient; call loss.backward\(\) in it"
     for _ in range(2):  # from the first step, and later
         with pytest.raises(ValueError, match=message):
             optimizer.step(*closures(kind, forgetful, 0))
@@ -203,6 +203,19 @@ def test_a_first_closure_that_forgets_backward_and_returns_no_graph_is_told_so(d
     optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
     with pytest.raises(ValueError, match="closure must run backward"):
         optimizer.step(lambda: detach(cross_entropy(model(batch(0)[0]), batch(0)[1])))
+
+
+def test_a_first_step_by_hand_without_backward_is_told_so() -> None:
+    model = network()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="first_step must come after backward"):
+        optimizer.first_step()
+    closure_on(model, 0)()
+    optimizer.first_step(zero_grad=True)
+    closure_on(model, 0)()
+    optimizer.second_step(zero_grad=True)
+    optimizer.first_step()  # now it may be a batch with nothing to learn from
+    optimizer.second_step()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -180,6 +180,22 @@ def test_a_checkpoint_of_another_implementation_of_sam_is_continued(kind: type[S
     assert not any(kept in values for values in optimizer.state.values())
 
 
+def test_a_checkpoint_that_has_the_state_of_the_base_optimizer_apart_is_continued() -> None:
+    model, twin = network(), network()
+    plain = torch.optim.Adam(model.parameters(), lr=0.01)
+    train_plain(model, plain, range(2))
+    twin.load_state_dict(model.state_dict())
+    inner = plain.state_dict()
+    outer = {"state": {i: {"gv": torch.ones(1)} for i in range(4)}, "param_groups": inner["param_groups"]}
+    results = []
+    for each, state in ((model, inner), (twin, {**outer, "base_optimizer": inner})):
+        optimizer = SAM(each.parameters(), torch.optim.Adam)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        train(each, optimizer, range(2, 4))
+        results.append(weights_of(each))
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("saved", KINDS)
 @pytest.mark.parametrize("loaded", KINDS)
@@ -366,6 +382,8 @@ def test_weights_of_half_precision_go_on_from_a_checkpoint(kind: type[SAM]) -> N
         (lambda model, optimizer: pickle.dumps(optimizer), "the optimizer was copied or pickled between first_step"),
         (lambda model, optimizer: model.state_dict(), "the model was saved or loaded between first_step"),
         (lambda model, optimizer: nn.ModuleList([model]).state_dict(), "the model was saved or loaded between"),
+        (lambda model, optimizer: pickle.dumps(model), "the model was saved or loaded between first_step"),
+        (lambda model, optimizer: pickle.dumps(copy.deepcopy(model)), "the model was saved or loaded between"),
         (lambda model, optimizer: model.load_state_dict(network().state_dict()), "the model was saved or loaded"),
     ],
 )
