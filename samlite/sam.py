@@ -260,12 +260,13 @@ class SAM(Optimizer):
     def _check_backward(self, losses: Sequence[Tensor], rule: str, where: str) -> None:
         """Raise where no weight has a gradient because backward has not run.
 
-        It has run where other weights than these have a gradient of the loss. A loss without a graph may be constant
-        on this batch; but if there has been no gradient before, the closure has detached it.
+        It has run where the loss depends on other weights only, and one of those has a gradient. A loss without a
+        graph may be constant on this batch; but if there has been no gradient before, the closure has detached it.
         """
-        leaves = [leaf for loss in losses for leaf in _leaves(loss)]
+        weights = {weight for weight in self._weights() if weight.requires_grad}
+        leaves = {leaf for loss in losses for leaf in _leaves(loss)}
         ran = any(leaf.grad is not None for leaf in leaves) if leaves else self._had_gradients
-        if not ran and any(weight.requires_grad for weight in self._weights()):
+        if weights and (not ran or leaves & weights):
             raise ValueError(f"{rule}, but no weight has a gradient; call loss.backward() {where}")
 
     @property
@@ -477,7 +478,7 @@ class SAM(Optimizer):
             post_hook(self)
 
     def _watch_loading(self) -> None:
-        """Let also a checkpoint that is loaded into the base optimizer pass through `_completed`."""
+        """Pass every checkpoint that the base optimizer loads through `_completed`."""
         self.base_optimizer.register_load_state_dict_pre_hook(partial(_completed, remembers=self._remembers))
 
     def _check_restored(self, event: str) -> None:
@@ -535,8 +536,8 @@ class SAM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         shared = {name: state[name] for name in ("state", "param_groups") if name in state}
         super().__setstate__({name: value for name, value in state.items() if name not in shared})
-        for name, value in shared.items():
-            setattr(self, name, value)
+        if shared:
+            self.base_optimizer.__setstate__(shared)
         if "base_optimizer" in state:
             self._watch_loading()
 
@@ -551,7 +552,8 @@ def _completed(optimizer: Optimizer, state_dict: dict[str, Any], remembers: Sequ
     if len(groups) == len(saved):  # else torch refuses it
         ours = [{name: group[name] for name in _OPTIONS if name in group} for group in groups]
         saved = [{**options, **group} for options, group in zip(ours, saved, strict=True)]
-    entries = state_dict.get("base_optimizer", state_dict)["state"]
+    inner = state_dict.get("base_optimizer")
+    entries = (inner if isinstance(inner, dict) else state_dict)["state"]
     foreign = _REMEMBERED - set(remembers)
     state = {
         weight: {name: value for name, value in values.items() if name not in foreign}
@@ -609,7 +611,7 @@ def _sharding(tensor: Any) -> Any:
 
 
 def _shards(tensors: Sequence[Any]) -> list[Tensor]:
-    """What this process holds of each tensor: all but norms is computed element by element, and needs no more."""
+    """The part of each tensor that this process holds: everything but a norm is computed element by element."""
     return [tensor.to_local() if hasattr(tensor, "device_mesh") else tensor for tensor in tensors]
 
 

@@ -197,6 +197,14 @@ def test_a_closure_that_forgets_backward_is_told_so(kind: type[SAM], rho: float)
         optimizer.step(*closures(kind, partial(closure_on, model), 0))
 
 
+def test_backward_is_missed_although_other_weights_have_gradients() -> None:
+    body, head = nn.Linear(6, 8), nn.Linear(8, 3)
+    closure_on(nn.Sequential(body, head), 0)()
+    optimizer = SAM(head.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="closure must run backward"):
+        optimizer.step(lambda: cross_entropy(head(body(batch(0)[0])), batch(0)[1]))
+
+
 @pytest.mark.parametrize("detach", [Tensor.detach, torch.no_grad()(Tensor.clone)])
 def test_a_first_closure_that_forgets_backward_and_returns_no_graph_is_told_so(detach: Any) -> None:
     model = network()
