@@ -534,7 +534,7 @@ class SAM(Optimizer):
         return {"defaults": self.defaults, **{name: getattr(self, name) for name in self._kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        shared = {name: state[name] for name in ("state", "param_groups") if name in state}
+        shared: dict[str, Any] = {name: state[name] for name in ("state", "param_groups") if name in state}
         super().__setstate__({name: value for name, value in state.items() if name not in shared})
         if shared:
             self.base_optimizer.__setstate__(shared)
