@@ -79,7 +79,7 @@ class SAM(Optimizer):
     _perturbed: list[list[Tensor]] | None = None  # weights between first_step and second_step, by bucket
     _copies: Sequence[list[Tensor]] = ()  # what they were; the memory is kept from step to step
     _guards: Sequence[RemovableHandle] = ()  # of model, between first_step and second_step
-    _had_gradients = False
+    _had_gradients = False  # whether a pass has left any weight a gradient
     _first_norm: Tensor
 
     def __init__(
@@ -514,6 +514,7 @@ class SAM(Optimizer):
         return all(grad is not None for grad in grads) and not any(grad.any() for grad in _shards(grads))
 
     def _make_state(self) -> Tensor:
+        """Let the base optimizer make its state. Variants add what they remember."""
         self.base_optimizer.step()
         return torch.zeros(())
 
