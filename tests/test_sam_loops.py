@@ -107,6 +107,21 @@ def test_an_autocast_region_around_a_step_by_hand_is_one_in_the_closure() -> Non
     assert torch.equal(weights_of(model), in_regions(SAM, "closure"))
 
 
+def test_the_second_of_two_processes_of_sampa_casts_the_weights_anew_at_y() -> None:
+    model = network()
+    optimizer = SAMPa(model.parameters(), torch.optim.SGD, rho=0.5, lr=1.0)
+    closure, moved = closure_on(model, 0), network()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # that process leaves out x + epsilon
+        optimizer._run([closure])
+        ahead = optimizer._grads()
+        found, _ = optimizer._at_y(ahead, [closure])
+    for weight, grad in zip(moved.parameters(), ahead.values(), strict=True):
+        weight.data -= grad
+    with torch.autocast("cpu", torch.bfloat16):
+        closure_on(moved, 0)()
+    assert all(torch.equal(grad, weight.grad) for grad, weight in zip(found.values(), moved.parameters(), strict=True))
+
+
 class Shifted(nn.Module):
     """A parametrization without saved tensors: what is cached of it could be differentiated again."""
 

@@ -92,7 +92,17 @@ def test_a_group_that_the_base_optimizer_is_given_has_the_default_options() -> N
     assert not torch.equal(weights_of(late), before)
 
 
-@pytest.mark.parametrize("base", [torch.optim.Adagrad, torch.optim.Rprop, torch.optim.Adafactor])
+class Started(torch.optim.SGD):
+    """An optimizer whose constructor makes its state."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1, momentum=0.9)
+        for group in self.param_groups:
+            for weight in group["params"]:
+                self.state[weight]["momentum_buffer"] = torch.ones_like(weight)
+
+
+@pytest.mark.parametrize("base", [Started, torch.optim.Adagrad, torch.optim.Adafactor])
 def test_a_state_that_the_base_optimizer_starts_with_is_kept(base: Any) -> None:
     model, plain = network(), network()
     train(model, SAM(model.parameters(), base, rho=0.0), range(3))
