@@ -8,31 +8,38 @@ SAMPa         takes its two gradients at points that do not depend on each other
               Xie, Pethick, Cevher, "SAMPa: Sharpness-aware minimization parallelized", NeurIPS 2024
 """
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
-from samlite.sam import SAM, Bucket, Closure
+from samlite.sam import SAM, Base, Bucket, Closure, forget_old_weights
+
+_NAMES = ("params", "param_names")  # what a group holds beside its options
 
 
 class FriendlySAM(SAM):
     """SAM along d = g - sigma m, where m is the running mean of the gradients: m <- lmbda m + (1 - lmbda) g.
 
-    The first gradient starts m, and is itself used as it is. With sigma=0 this is SAM. Takes what `SAM` takes but m.
+    The first gradient starts m, and is itself used as it is. With sigma=0 this is SAM. Accepts every argument of `SAM`
+    except `m`.
     """
 
-    _kept = (*SAM._kept, "sigma", "lmbda")
-    _means: Sequence[tuple[Tensor, Tensor]] = ()  # of a step, to be kept if it is taken
+    _kept = (*SAM._kept, "sigma", "lmbda", "_blank")
+    _remembers = ("mean_gradient",)
+    _means: dict[Tensor, Tensor] = {}  # of a step, to be kept if it is taken
+    _blank = False  # whether zeros stand in the state in place of means, for torch.distributed.checkpoint to load into
 
     def __init__(
         self,
         params: ParamsT,
-        base_optimizer: type[Optimizer],
+        base_optimizer: Base,
         rho: float = 0.05,
         *,
         sigma: float = 1.0,
@@ -46,21 +53,40 @@ class FriendlySAM(SAM):
         self.sigma, self.lmbda = sigma, lmbda
 
     def _ascend(self) -> None:
+        if self._blank:
+            self._begin()
         shifted: list[Bucket] = []
-        means = []
+        self._means = {}
         for group, weights, grads in self._gradients():
             directions = []
             for weight, grad in zip(weights, grads, strict=True):
                 mean = self.state[weight].get("mean_gradient", None) if weight in self.state else None
+                if mean is not None:
+                    mean = mean.to(grad.dtype)  # one that was loaded has the dtype of the weight
                 directions.append(grad if mean is None else grad - self.sigma * mean)
-                means.append((weight, grad.clone() if mean is None else mean.lerp(grad, 1 - self.lmbda)))
+                self._means[weight] = grad.clone() if mean is None else mean.lerp(grad, 1 - self.lmbda)
             shifted.append((group, weights, directions))
-        self._means = means
         self._perturb(shifted)
 
     def _stepped(self) -> None:
-        _remember(self, "mean_gradient", self._means)
-        self._means = ()
+        self._remember("mean_gradient", self._means)
+
+    def _descend(self, buckets: list[Bucket]) -> None:
+        super()._descend(buckets)
+        self._means = {}
+
+    def _make_state(self) -> Tensor:
+        loss = super()._make_state()
+        self._remember("mean_gradient", self._grads())
+        self._blank = True
+        return loss
+
+    def _begin(self) -> None:
+        """Take zeros out of the state, unless means have been loaded into them."""
+        means = self._take("mean_gradient")
+        if any(_is_nonzero(mean) for mean in means.values()):
+            self._remember("mean_gradient", means)
+        self._blank = False
 
 
 class AgnosticSAM(SAM):
@@ -68,7 +94,7 @@ class AgnosticSAM(SAM):
 
     g is the training gradient at w, and u the held-out gradient at w + rho_val v / ‖v‖, v being that at w. Four passes
     a step; with rho_val=0 this is SAM, in two. Draw the held-out batches from the training data, never from those that
-    models are selected on. Takes what `SAM` takes but adaptive and m.
+    models are selected on. Accepts every argument of `SAM` except `adaptive` and `m`.
     """
 
     _kept = (*SAM._kept, "rho_val")
@@ -76,7 +102,7 @@ class AgnosticSAM(SAM):
     def __init__(
         self,
         params: ParamsT,
-        base_optimizer: type[Optimizer],
+        base_optimizer: Base,
         rho: float = 0.05,
         *,
         rho_val: float = 0.05,
@@ -92,12 +118,12 @@ class AgnosticSAM(SAM):
         self, closure: Closure | Sequence[Closure] | None = None, val_closure: Closure | Sequence[Closure] | None = None
     ) -> Tensor:
         """As `SAM.step`, with a closure on a held-out batch beside the one on the training batch."""
-        if self.rho_val:
+        if self.rho_val and not self._only_makes_state(closure):
             self._held_out = self._checked(val_closure)
         return super().step(closure)
 
     def first_step(self, zero_grad: bool = False) -> None:
-        """Not to be had: four passes do not fit around two calls."""
+        """Not supported: AgnosticSAM needs four passes. Call step(closure, val_closure)."""
         raise RuntimeError("AgnosticSAM has no first_step; call step(closure, val_closure)")
 
     def _plain(self) -> bool:
@@ -114,7 +140,7 @@ class AgnosticSAM(SAM):
         self._run(self._held_out)
         self._restore()
         away = self._gradients()
-        self._save([group["params"] for group in self.param_groups])  # a weight may have only one of the gradients
+        self._save([self._weights()])  # a weight may have only one of the gradients
         norms += [self._add(towards), self._add(away, -self.rho_val)]
         self._first_norm = torch.stack([norm.to(norms[0].device) for norm in norms]).sum()
         return None
@@ -125,19 +151,21 @@ class SAMPa(SAM):
 
     g is the gradient at the last y. The weights x descend by (1 - lmbda) of the first gradient, on this batch, and
     lmbda of the second, on the next one; y is where the base optimizer would go from x by g alone. Two gradients a
-    step, three in the first one and in one after a step that had no next batch. Takes what `SAM` takes but m.
+    step, three in the first one and in one after a step that had no next batch. Accepts every argument of `SAM` except
+    `m`.
 
     With a `process_group` of two processes, which take the same steps with the same batches, each computes one of the
     gradients, and a step takes the time of one and of an exchange.
     """
 
     _kept = (*SAM._kept, "lmbda")
+    _remembers = ("ahead",)
     process_group: Any = None
 
     def __init__(
         self,
         params: ParamsT,
-        base_optimizer: type[Optimizer],
+        base_optimizer: Base,
         rho: float = 0.05,
         *,
         lmbda: float = 0.2,
@@ -150,6 +178,8 @@ class SAMPa(SAM):
             size = dist.get_world_size(process_group)
             raise ValueError(f"process_group must hold two processes, one a gradient, got {size}")
         super().__init__(params, base_optimizer, rho, **kwargs)
+        if process_group is not None and any(hasattr(weight, "device_mesh") for weight in self._weights()):
+            raise ValueError("process_group must not go with sharded weights, got a DTensor; leave out process_group")
         self.lmbda, self.process_group = lmbda, process_group
 
     @torch.no_grad()
@@ -164,23 +194,29 @@ class SAMPa(SAM):
             closure: on this batch, which was the last step's next one.
             next_closure: on the next batch; None where there is none, and then the first gradient counts in full.
         """
+        if self._only_makes_state(closure):
+            return self._make_state()
         closures = self._checked(closure)
         following = self._checked(next_closure) if next_closure is not None else ()
-        if not self._recall():
-            with self._kept_buffers():
-                self._run(closures)
-        ahead = self._grads()
-        parts: list[Callable[[], Any]] = [lambda: self._at_perturbed(closures), lambda: self._at_y(ahead, following)]
-        both = [part() for part in parts] if self.process_group is None else self._exchanged(parts)
-        (here, loss), (there, _) = both
-        self._next = list(there.items())
-        self._put(_mixed(here, there, self.lmbda) if following else here)
-        self._descend(self._gradients())
+        with self._undone_if_skipped():
+            if not self._recall():
+                with self._kept_buffers():
+                    self._run(closures)
+            ahead = self._grads()
+            parts: list[Callable[[], Any]] = [
+                lambda: self._at_perturbed(closures),
+                lambda: self._at_y(ahead, following),
+            ]
+            both = [part() for part in parts] if self.process_group is None else self._exchanged(parts)
+            (here, loss), (there, _) = both
+            self._next = there
+            self._put(_mixed(here, there, self.lmbda) if following else here)
+            self._descend(self._gradients())
         result: Tensor = loss
         return result
 
     def first_step(self, zero_grad: bool = False) -> None:
-        """Not to be had: the gradients are taken elsewhere."""
+        """Not supported: SAMPa takes its gradients at other weights. Call step(closure, next_closure)."""
         raise RuntimeError("SAMPa has no first_step; call step(closure, next_closure)")
 
     def _at_perturbed(self, closures: Sequence[Closure]) -> tuple[dict[Tensor, Tensor], Tensor]:
@@ -198,20 +234,34 @@ class SAMPa(SAM):
         """The gradient at y; weights, buffers and the base optimizer's state stay as they were."""
         if not closures:
             return {}, None
-        copies = {
-            weight: {name: _clone(value) for name, value in values.items()} for weight, values in self.state.items()
-        }
         self._put(ahead)
         self._save([self._weights()])
         try:
-            self.base_optimizer.step()
+            with self._trial():
+                self.base_optimizer.step()
+            forget_old_weights()
             with self._kept_buffers():
                 loss = self._run(closures)
         finally:
             self._restore()
-            self.state.clear()
-            self.state.update(copies)
         return self._grads(), loss
+
+    @contextmanager
+    def _trial(self) -> Iterator[None]:
+        """A step of the base optimizer inside leaves its state and groups as they were: it has copies of them."""
+        state, groups = dict(self.state), [dict(group) for group in self.param_groups]
+        for weight, values in state.items():
+            self.state[weight] = _copied(values)
+        for group in self.param_groups:
+            group.update(_copied({name: value for name, value in group.items() if name not in _NAMES}))
+        try:
+            yield
+        finally:
+            self.state.clear()
+            self.state.update(state)
+            for group, before in zip(self.param_groups, groups, strict=True):
+                group.clear()
+                group.update(before)
 
     def _exchanged(self, parts: Sequence[Callable[[], Any]]) -> list[Any]:
         """Both gradients with their losses: the first process computes the one, the second the other."""
@@ -243,22 +293,20 @@ class SAMPa(SAM):
         known = zip(weights, parts, there.tolist(), strict=True)
         return {weight: part.view_as(weight) for weight, part, given in known if given}, loss
 
-    def _grads(self) -> dict[Tensor, Tensor]:
-        return {weight: weight.grad.clone() for weight in self._weights() if weight.grad is not None}
-
     def _put(self, grads: dict[Tensor, Tensor]) -> None:
         for weight in self._weights():
             weight.grad = grads.get(weight)
 
     def _recall(self) -> bool:
         """Put the gradient at y into `.grad`, if the last step left one."""
-        grads = {weight: values.pop("ahead") for weight, values in self.state.items() if "ahead" in values}
+        ahead = self._take("ahead")
+        grads = {weight: grad for weight, grad in ahead.items() if weight.requires_grad}  # it may be frozen since
         if grads:
             self._put(grads)
         return bool(grads)
 
     def _stepped(self) -> None:
-        _remember(self, "ahead", self._next)
+        self._remember("ahead", self._next)
 
 
 def _mixed(first: dict[Tensor, Tensor], second: dict[Tensor, Tensor], share: float) -> dict[Tensor, Tensor]:
@@ -269,17 +317,16 @@ def _mixed(first: dict[Tensor, Tensor], second: dict[Tensor, Tensor], share: flo
     return mixed
 
 
-def _remember(optimizer: SAM, name: str, values: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Keep a tensor of each weight in the state, where checkpoints find it.
-
-    Only behind a step: Adam and others take a state that is not empty for their own.
-    """
-    for weight, value in values:
-        optimizer.state[weight][name] = value
+def _is_nonzero(tensor: Any) -> bool:
+    total = tensor.abs().sum()
+    return bool(total.full_tensor() if hasattr(total, "full_tensor") else total)
 
 
-def _clone(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _copied(values: Any) -> Any:
+    """Copies of the values of a dict, of which most are tensors and numbers."""
+    if not isinstance(values, dict):
+        return copy.deepcopy(values)
+    return {name: each.clone() if isinstance(each, Tensor) else copy.deepcopy(each) for name, each in values.items()}
 
 
 def _check(name: str, value: float, valid: bool, rule: str) -> None:
