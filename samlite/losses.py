@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from samlite.batches import InputError, described, is_pair, mapped, placed, rows, samples, tensors
 from samlite.capture import UncoveredError
+from samlite.memory import operations_behind
 from samlite.operator import compiled
 from samlite.untouched import Draws, modules_in, neutral, untouched
 
@@ -212,27 +213,29 @@ class Losses:
         if batch is End:
             raise InputError("data must hold at least one batch, got none")
         self._check_projections(_cloned(batch))
-        kept = [(p, p.detach().clone()) for p in self.parameters]
-        own = _cloned(batch)
-        try:
-            with torch.enable_grad(), warnings.catch_warnings():
-                # torch only warns where a loss broadcasts targets against outputs of another shape
-                warnings.filterwarnings("error", "Using a target size")
-                with _calls(self.model) as called:
-                    value, weight = self._evaluate(own, self.model.parameters())
-                self._writes = any(tensor._version > 0 for tensor in tensors(own))
-                second = float(self._evaluate(batch, self.parameters, seed=1)[0].detach())
-        finally:
-            changed = [p for p, values in kept if not _equal(p, values)]
-            for p, values in kept:
-                if any(p is each for each in changed):
-                    with torch.no_grad():
-                        p.copy_(values)
+        with torch.enable_grad(), warnings.catch_warnings(), _restored(self.parameters) as changed:
+            # torch only warns where a loss broadcasts targets against outputs of another shape
+            warnings.filterwarnings("error", "Using a target size")
+            own = _cloned(batch)
+            with _calls(self.model) as called:
+                value, weight = self._evaluate(own, self.model.parameters())
+            self._writes = any(tensor._version > 0 for tensor in tensors(own))
+            second = float(self._evaluate(batch, self.parameters, seed=1)[0].detach())
         if changed:
             raise InputError("the forward pass must leave the parameters as they are, got one that writes into them")
-        first = float(value.detach())
         if _checked_weight(weight, 0) == 0:
             return
+        self._check_function(value, second, bool(called))
+        self._first = float(value.detach()), self.state()
+        if is_pair(self.data) and self.mode == "eval":
+            n = len(batch[0])
+            edges = sorted({0, n // 7, n // 3, 2 * n // 3, n})  # unequal parts, as equal ones may agree by chance
+            self.coupled = n > 1 and self.couples(batch, [slice(*edge) for edge in pairwise(edges)])
+        self.forget()
+
+    def _check_function(self, value: Tensor, second: float, called: bool) -> None:
+        """Raise ValueError unless a loss is finite, the same again, and a function that autograd can differentiate."""
+        first = float(value.detach())
         if not math.isfinite(first):
             raise InputError(f"the loss must be finite, got {first} on the first batch; check weights and data")
         if abs(first - second) > _DRIFT * max(abs(first), abs(second)):
@@ -240,19 +243,17 @@ class Losses:
                 f"loss_fn must be the same function at every call, got {first:.6g}, then {second:.6g} on the first "
                 "batch; switch off dropout, sampling and augmentation (mode='eval' is the default)"
             )
-        if called and not value.requires_grad:
+        operations = operations_behind(value)
+        if "WarnNotImplemented" in operations:  # as torch calls what stands in for a derivative
+            raise InputError(
+                "the loss must be differentiable, got an operation without a derivative, as quantised layers are; "
+                "measure the network in floating point"
+            )
+        if called and "torch::autograd::AccumulateGrad" not in operations:
             raise InputError(
                 "the loss must depend on the parameters by operations that autograd follows, got one without a graph; "
                 "leave no_grad, inference_mode, detach() and item() out of model and loss"
             )
-        self._first = first, self.state()
-        if is_pair(self.data) and self.mode == "eval":
-            n = len(batch[0])
-            edges = sorted(
-                {0, n // 7, n // 3, 2 * n // 3, n}
-            )  # parts of unequal size, as those of equal size may agree
-            self.coupled = n > 1 and self.couples(batch, [slice(*edge) for edge in pairwise(edges)])
-        self.forget()
 
     def couples(self, batch: Any, parts: Sequence[slice]) -> bool:
         """Whether samples depend on each other: the loss of a batch or its gradient is not the mean of its parts'."""
@@ -318,10 +319,24 @@ class Losses:
 
 
 @contextmanager
+def _restored(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Put parameters back as they were; the list then holds those that were not."""
+    before, changed = [p.detach().clone() for p in parameters], []
+    try:
+        yield changed
+    finally:
+        with torch.no_grad():
+            for p, values in zip(parameters, before, strict=True):
+                if not _equal(p, values):
+                    changed.append(p.copy_(values))
+
+
+@contextmanager
 def _calls(model: nn.Module) -> Iterator[list[nn.Module]]:
     """The modules of the model that are called inside."""
     called: list[nn.Module] = []
-    handles = [m.register_forward_hook(lambda module, *_: called.append(module)) for m in model.modules()]
+    hooked = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # which take no hooks
+    handles = [m.register_forward_hook(lambda module, *_: called.append(module)) for m in hooked]
     try:
         yield called
     finally:
@@ -374,7 +389,7 @@ def _checked_data(data: Any) -> Any:
             raise ValueError("data must hold at least one sample, got none")
     elif isinstance(data, Tensor) or not isinstance(data, Iterable):
         raise ValueError(f"data must be a tuple (inputs, targets) or a re-iterable of batches, got {described(data)}")
-    elif iter(data) is data:
+    elif isinstance(data, Iterator):
         raise ValueError(
             "data must be re-iterable, as every product may pass over it, got an iterator; "
             "pass a list of batches or a DataLoader"

@@ -1,8 +1,8 @@
-"""Memory in bytes: how it is asked for, how much is free, and what a graph of autograd takes."""
+"""Memory in bytes: how it is asked for, how much is free, and what a graph of autograd holds."""
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -51,23 +51,32 @@ def graph_bytes(held: Iterable[Tensor], constants: Iterable[Tensor]) -> int:
             parts.setdefault(storage._cdata, {})[part] = tensor.numel() * tensor.element_size()
             whole[storage._cdata] = storage.nbytes()
 
-    unseen: list[Any] = []
-    hidden = 0
+    held, hidden = list(held), 0
     for tensor in held:
         add(tensor)
-        unseen.append(tensor.grad_fn)
-    seen = {None}
-    while unseen:
-        node = unseen.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        unseen += [following for following, _ in node.next_functions]
+    for node in _nodes(held):
         if "CppNode" in node.name():
             hidden += sum(math.prod(output.shape) * output.dtype.itemsize for output in node._input_metadata)
         for tensor in _saved(node):
             add(tensor)
     return hidden + sum(min(sum(found.values()), whole[storage]) for storage, found in parts.items())
+
+
+def operations_behind(value: Tensor) -> set[str]:
+    """The names of the operations in the graph behind a tensor."""
+    return {node.name() for node in _nodes([value])}
+
+
+def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """The nodes of the graphs behind some tensors, each once."""
+    unseen: list[Any] = [tensor.grad_fn for tensor in tensors]
+    seen = {None}
+    while unseen:
+        node = unseen.pop()
+        if node not in seen:
+            seen.add(node)
+            unseen += [following for following, _ in node.next_functions]
+            yield node
 
 
 def _saved(node: Any) -> list[Tensor]:

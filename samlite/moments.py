@@ -169,7 +169,8 @@ class Samples:
         if self._losses.coupled or (len(singles) > 1 and self._losses.couples(few, singles)):
             raise InputError(
                 "moments need samples that do not depend on each other, got a loss of a batch that is not the mean of "
-                "the losses of its samples; pass data in batches and use unit='batch'"
+                "the losses of its samples; return (mean loss, weight) where it divides by something else than their "
+                "number, or pass data in batches and use unit='batch'"
             )
 
     def _seen(self, batch: Any) -> Capture:

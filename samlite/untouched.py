@@ -234,9 +234,14 @@ def _own_state(modules: Iterable[nn.Module]) -> Iterator[None]:
     Values are not put back in place, which would invalidate graphs that saved them. What modules share stays shared.
     """
     copies: dict[int, Any] = {}
+    scripted = [
+        buffer for module in modules if isinstance(module, torch.jit.ScriptModule) for buffer in module.buffers()
+    ]
+    values = [buffer.clone() for buffer in scripted]  # which cannot be exchanged
     before = [
         (module, dict(vars(module)), dict(module._parameters), dict(module._buffers), dict(module._modules))
         for module in modules
+        if not isinstance(module, torch.jit.ScriptModule)
     ]
     try:
         for module, attributes, _, buffers, _ in before:
@@ -248,6 +253,9 @@ def _own_state(modules: Iterable[nn.Module]) -> Iterator[None]:
                     vars(module)[name] = _copied(value, copies)
         yield
     finally:
+        for buffer, value in zip(scripted, values, strict=True):
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
         for module, attributes, parameters, buffers, children in before:
             here: Any = (
                 (module._parameters, parameters),
@@ -255,10 +263,10 @@ def _own_state(modules: Iterable[nn.Module]) -> Iterator[None]:
                 (module._modules, children),
                 (vars(module), attributes),
             )
-            for inner, values in here:
-                for name in inner.keys() - values.keys():
+            for inner, then in here:
+                for name in inner.keys() - then.keys():
                     del inner[name]
-                inner.update(values)
+                inner.update(then)
 
 
 def _copied(value: Any, copies: dict[int, Any]) -> Any:
