@@ -161,6 +161,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("sequence_number", &sequence_number);
   m.def("drop_hooks", torch::wrap_pybind_function_no_gil(drop_hooks), py::arg("roots"), py::arg("since"));
+  m.def("check_differentiable", torch::wrap_pybind_function_no_gil(check_differentiable), py::arg("derivatives"));
   py::class_<Curvature, std::shared_ptr<Curvature>>(m, "Curvature").def("held", &Curvature::held);
   m.def("gradient", torch::wrap_pybind_function_no_gil(make_gradient), py::arg("loss"), py::arg("params"));
   m.def("gauss_newton", torch::wrap_pybind_function_no_gil(make_gauss_newton), py::arg("loss"), py::arg("outputs"),

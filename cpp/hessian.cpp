@@ -4,7 +4,10 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
 
+#include <cstring>
+#include <typeinfo>
 #include <unordered_set>
 
 namespace samlite {
@@ -41,6 +44,24 @@ void add(const std::vector<Tensor>& terms, std::vector<Tensor>& sums) {
     if (terms[i].defined()) sums[i].add_(terms[i]);
 }
 
+using torch::autograd::Node;
+
+// Visits the nodes of the graphs behind some tensors, each once; those behind a node for which `visit` is false are
+// left out.
+template <class Visit>
+void for_each_node(const std::vector<Tensor>& tensors, Visit visit) {
+  std::vector<Node*> unseen;
+  std::unordered_set<Node*> seen;
+  for (const auto& tensor : tensors)
+    if (tensor.defined()) unseen.push_back(tensor.grad_fn().get());
+  while (!unseen.empty()) {
+    Node* node = unseen.back();
+    unseen.pop_back();
+    if (!node || !seen.insert(node).second || !visit(node)) continue;
+    for (const auto& edge : node->next_edges()) unseen.push_back(edge.function.get());
+  }
+}
+
 void append(std::vector<Tensor>& all, const std::vector<Tensor>& more) {
   for (const auto& tensor : more)
     if (tensor.defined()) all.push_back(tensor);
@@ -51,27 +72,31 @@ void append(std::vector<Tensor>& all, const std::vector<Tensor>& more) {
 uint64_t sequence_number() { return at::sequence_number::peek(); }
 
 void drop_hooks(const std::vector<Tensor>& roots, uint64_t since) {
-  using torch::autograd::Node;
-  std::vector<Node*> unseen;
-  std::unordered_set<Node*> seen;
-  for (const auto& root : roots) unseen.push_back(root.grad_fn().get());
-  while (!unseen.empty()) {
-    Node* node = unseen.back();
-    unseen.pop_back();
-    if (!node || node->sequence_nr() < since || !seen.insert(node).second) continue;
-    for (const auto& edge : node->next_edges()) unseen.push_back(edge.function.get());
-    if (dynamic_cast<torch::autograd::AccumulateGrad*>(node)) continue;
+  for_each_node(roots, [&](Node* node) {
+    if (node->sequence_nr() < since) return false;
+    if (dynamic_cast<torch::autograd::AccumulateGrad*>(node)) return true;
     node->pre_hooks().clear();
     node->tensor_pre_hooks().clear();
     node->post_hooks().clear();
     node->retains_grad_hooks().clear();
-  }
+    return true;
+  });
+}
+
+void check_differentiable(const std::vector<Tensor>& derivatives) {
+  for_each_node(derivatives, [](Node* node) {
+    const auto* error = dynamic_cast<torch::autograd::Error*>(node);
+    TORCH_CHECK(!error, error->msg);
+    TORCH_CHECK(!std::strstr(typeid(*node).name(), "WarnNotImplemented"), "derivative for an operation not implemented");
+    return true;
+  });
 }
 
 Gradient::Gradient(const Tensor& loss, std::vector<Tensor> params) : params_(std::move(params)) {
   if (!loss.requires_grad()) return;  // does not depend on the parameters: zero curvature
   c10::AutoGradMode grad(true);
   std::tie(gradients_, index_) = differentiable(pulled_back({loss}, params_, {}, /*create_graph=*/true));
+  check_differentiable(gradients_);
 }
 
 // d(g . v)/dw: reverse mode over the graph of the gradient.
@@ -84,6 +109,7 @@ Outputs::Outputs(const Tensor& loss, std::vector<Tensor> z, std::vector<Tensor> 
   c10::AutoGradMode grad(true);
   for (const auto& output : z_) u_.push_back(at::zeros_like(output).requires_grad_());
   if (loss.requires_grad()) slopes_ = pulled_back({loss}, cuts_, {}, /*create_graph=*/true);
+  check_differentiable(slopes_);
   for (auto& slope : slopes_)
     if (!slope.defined() || !slope.requires_grad()) slope = Tensor();
 }
@@ -113,6 +139,7 @@ GaussNewton::GaussNewton(const Tensor& loss, std::vector<Tensor> z, std::vector<
   c10::AutoGradMode grad(true);
   std::tie(transposed_, index_) =
       differentiable(pulled_back(outputs_.z(), params_, outputs_.u(), /*create_graph=*/true));
+  check_differentiable(transposed_);
 }
 
 void GaussNewton::add_product(const std::vector<Tensor>& v, std::vector<Tensor>& out) const {

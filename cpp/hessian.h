@@ -24,6 +24,10 @@ class Curvature {
 void drop_hooks(const std::vector<Tensor>& roots, uint64_t since);
 uint64_t sequence_number();
 
+// Raises RuntimeError where the graph behind derivatives holds an operation that has none of its own. autograd itself
+// passes by those of functions marked as once_differentiable, and what depends on them would count as constant.
+void check_differentiable(const std::vector<Tensor>& derivatives);
+
 // The Hessian by double backward: the gradient with its graph. Parameters that the loss does not depend on, or only
 // linearly, are left out.
 class Gradient : public Curvature {

@@ -91,6 +91,7 @@ Chain::Chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites, int64
   // For Gauss-Newton matrices, delta = J^T u of the outputs' stand-in u instead of the loss.
   const auto deltas = outputs_ ? pull_back(outputs_->z(), outputs_->u(), edges, /*create_graph=*/true)
                                : pull_back({loss}, {at::ones_like(loss)}, edges, /*create_graph=*/true);
+  check_differentiable(deltas);
   for (size_t i = 0; i < sites.size(); ++i) {
     if (!deltas[i].defined()) continue;  // its output is not used
     auto& site = *sites[i];

@@ -285,6 +285,7 @@ class Hessian(Operator):
                     total, [param], create_graph=True, retain_graph=True, allow_unused=True
                 )
                 if gradient is not None and gradient.requires_grad:
+                    compiled().check_differentiable([gradient])
                     torch.autograd.grad(gradient.sum(), self.params, retain_graph=True, allow_unused=True)
             except RuntimeError as culprit:
                 reason = str(culprit).splitlines()[0]
@@ -379,6 +380,6 @@ def _selected(
         "the measured parameters must all be float32, or all float64, on one device, got "
         + ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)),
     )
-    broken = [name for name, p in zip(names, parameters, strict=True) if not p.isfinite().all()]
+    broken = [name for name, p in zip(names, parameters, strict=True) if not p.detach().isfinite().all()]
     require(not broken, f"the weights must be finite, got nan or inf in {', '.join(broken)}")
     return names, parameters

@@ -61,8 +61,8 @@ class Losses:
 
     @property
     def divisible(self) -> bool:
-        """Whether the rows of a pair may be cut as memory asks: batch norm in train mode couples them, too."""
-        return is_pair(self.data) and self.mode == "eval" and not self.coupled
+        """Whether the rows of a pair may be cut as memory asks."""
+        return is_pair(self.data) and not self.coupled
 
     def again(self) -> "Losses":
         """The same losses with a cut and a stream of their own."""
@@ -75,6 +75,8 @@ class Losses:
         twins: dict[int, Any] = {}
         model = deepcopy(self.model, twins).double()
         loss_fn = deepcopy(self._loss_fn, twins) if isinstance(self._loss_fn, nn.Module) else self._loss_fn
+        if not all(id(p) in twins for p in self.parameters):
+            raise TypeError("the model must be copied with its parameters, got one that makes others (scripted)")
         # `double` replaces the values of parameters, not the parameters
         return Losses(model, loss_fn, self.data, [twins[id(p)] for p in self.parameters], self.mode)
 
@@ -227,7 +229,7 @@ class Losses:
             return
         self._check_function(value, second, bool(called))
         self._first = float(value.detach()), self.state()
-        if is_pair(self.data) and self.mode == "eval":
+        if is_pair(self.data):
             n = len(batch[0])
             edges = sorted({0, n // 7, n // 3, 2 * n // 3, n})  # unequal parts, as equal ones may agree by chance
             self.coupled = n > 1 and self.couples(batch, [slice(*edge) for edge in pairwise(edges)])
@@ -244,7 +246,7 @@ class Losses:
                 "batch; switch off dropout, sampling and augmentation (mode='eval' is the default)"
             )
         operations = operations_behind(value)
-        if "WarnNotImplemented" in operations:  # as torch calls what stands in for a derivative
+        if any(name.endswith("NotImplemented") for name in operations):  # what stands in for a derivative
             raise InputError(
                 "the loss must be differentiable, got an operation without a derivative, as quantised layers are; "
                 "measure the network in floating point"
@@ -321,7 +323,8 @@ class Losses:
 @contextmanager
 def _restored(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Put parameters back as they were; the list then holds those that were not."""
-    before, changed = [p.detach().clone() for p in parameters], []
+    before = [p.detach().clone() for p in parameters]
+    changed: list[Tensor] = []
     try:
         yield changed
     finally:

@@ -50,9 +50,12 @@ class OfMoments(Operator):
 
     @contextmanager
     def _products(self) -> Iterator[Any]:
-        moments = self._hessian._samples(self.unit).operator
-        with self._hessian._losses.neutral():
-            yield self._made_of(moments)
+        try:
+            moments = self._hessian._samples(self.unit).operator
+            with self._hessian._losses.neutral():
+                yield self._made_of(moments)
+        except RuntimeError as error:
+            raise self._hessian._explained(error) from error
         check_steady(moments)
 
     def _gradient_seconds(self) -> float:

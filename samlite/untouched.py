@@ -49,6 +49,7 @@ def neutral(parameters: Sequence[Tensor]) -> Iterator[None]:
         if torch.is_anomaly_enabled():
             stack.enter_context(torch.autograd.set_detect_anomaly(False))
         stack.enter_context(_full_precision())
+        stack.enter_context(_tensors_saved_as_they_are())
         stack.enter_context(_without_hooks(parameters))
         yield
 
@@ -80,6 +81,21 @@ def _full_precision() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(precision)
         cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
+def _tensors_saved_as_they_are() -> Iterator[None]:
+    """No hooks on the tensors that autograd saves, which may round or move them."""
+    autograd: Any = torch._C._autograd
+    hooks = []
+    while top := autograd._top_saved_tensors_default_hooks(True):
+        hooks.append(top)
+        autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from test_hessian import dense
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from samlite import Hessian
 
@@ -86,6 +87,11 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "anomaly mode": lambda: torch.autograd.detect_anomaly(check_nan=True),
     "cached parametrizations": parametrize.cached,
     "saved tensors on the CPU": torch.autograd.graph.save_on_cpu,
+    "saved tensors rounded": lambda: torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.half() if t.is_floating_point() else t, lambda t: t.double() if t.is_floating_point() else t
+    ),
+    "a counter of operations": lambda: FlopCounterMode(display=False),
+    "a profiler": lambda: torch.autograd.profiler.profile(),
     "one thread for backward": lambda: torch.autograd.set_multithreading_enabled(False),
 }
 
@@ -114,6 +120,17 @@ def test_a_measurement_inside_a_mode_is_the_one_outside(mode: str) -> None:
             inside = everything(h)
     assert inside == pytest.approx(outside, rel=1e-6, nan_ok=True)
     assert everything(h) == pytest.approx(outside, rel=1e-6, nan_ok=True)  # the same object outside again
+
+
+def test_hooks_on_saved_tensors_are_there_again_afterwards() -> None:
+    packed: list[Tensor] = []
+    model, data = network(), samples()
+    x = torch.ones(3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        top(model, data=data)
+        assert packed == []
+        x.square()
+    assert len(packed) == 1
 
 
 def test_data_made_in_inference_mode_are_measured() -> None:
@@ -532,6 +549,93 @@ def test_an_lstm_that_packs_inside_is_measured_sample_by_sample() -> None:
     stack = torch.stack(truth)
     spread = (stack @ stack).mean(0) - stack.mean(0) @ stack.mean(0)
     assert moments.powers[2] == pytest.approx(float(torch.linalg.eigvalsh(spread)[-1]), rel=1e-7)
+
+
+# --- Operations of somebody's own
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = x.sigmoid()
+        return g * s * (1 + x * (1 - s))
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+class Raising(Once):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        raise KeyError("its own message")
+
+
+class Activated(nn.Module):
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.activation = network(), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.inner(x))
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+def test_an_autograd_function_of_somebodys_own_is_measured_as_what_it_computes(profiled: bool) -> None:
+    own, plain = Activated(Swish.apply), Activated(F.silu)
+    with torch.profiler.profile() if profiled else nullcontext():
+        for _ in range(5):
+            assert close(top(own), top(plain))
+        h, reference = (Hessian(model, CE, samples()) for model in (own, plain))
+        moments, same = h.moments(3), reference.moments(3)
+        assert moments.fallback is None and moments.nonuniformity == pytest.approx(same.nonuniformity, rel=1e-6)
+        assert h.trace(tol=0.3).value == pytest.approx(reference.trace(tol=0.3).value)
+        assert h._operator.kept == reference._operator.kept == 1
+
+
+def test_an_autograd_function_without_a_second_derivative_is_named() -> None:
+    for curvature in ("hessian", "ggn"):  # autograd itself takes it for a constant
+        h = Hessian(Activated(Once.apply), CE, samples(), curvature=curvature)
+        for measure in (lambda h=h: h.eigenvalues(1), lambda h=h: h.moments(2), lambda h=h: h.stability(0.1)):
+            with pytest.raises(ValueError, match=r"twice differentiable, got an operation behind inner\.0\.weight"):
+                measure()
+    with pytest.raises(KeyError, match="its own message"):
+        Hessian(Activated(Raising.apply), CE, samples()).eigenvalues(1)
+
+
+def test_a_quantised_layer_does_not_read_as_flat() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of their age
+        quantised = torch.ao.quantization.quantize_dynamic(network().float(), {nn.Linear})
+        model = nn.Sequential(nn.Linear(4, 4), quantised, nn.Linear(3, 3))
+        with pytest.raises(ValueError, match="an operation without a derivative, as quantised layers are"):
+            Hessian(model, CE, (samples()[0].float(), samples()[1]))
+
+
+@pytest.mark.parametrize(
+    "make", [torch.jit.script, lambda m: torch.jit.trace(m, samples()[0])], ids=["script", "trace"]
+)
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_scripted_network_is_measured_as_the_plain_one(make: Any) -> None:
+    plain = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    plain(samples()[0])
+    model = make(plain.eval())
+    buffers = [b.clone() for b in model.buffers()]
+    assert close(top(model), top(plain))
+    assert all(map(torch.equal, buffers, model.buffers()))
 
 
 # --- Parameters without values
