@@ -231,7 +231,7 @@ class Losses:
         self._first = float(value.detach()), self.state()
         if is_pair(self.data):
             n = len(batch[0])
-            edges = sorted({0, n // 7, n // 3, 2 * n // 3, n})  # unequal parts, as equal ones may agree by chance
+            edges = sorted({0, n // 7, n // 2, n})  # unequal parts, as equal ones may agree by chance
             self.coupled = n > 1 and self.couples(batch, [slice(*edge) for edge in pairwise(edges)])
         self.forget()
 
@@ -283,24 +283,26 @@ class Losses:
         return twin
 
     def _differ(self, batch: Any, parts: Sequence[slice], tol: float) -> bool:
-        whole, *pieces = (self._sums(each) for each in [batch, *(rows(batch, part) for part in parts)])
-        sums = [sum(terms) for terms in zip(*pieces, strict=True)]  # of loss, weight and gradient
-        value, _, gradient = (a / max(float(whole[1]), 1e-30) for a in whole)
-        mean, _, mean_gradient = (a / max(float(sums[1]), 1e-30) for a in sums)
-        off = abs(value - mean) > tol * max(abs(value), abs(mean))
-        away = (gradient - mean_gradient).norm() > 10 * tol * torch.maximum(gradient.norm(), mean_gradient.norm())
-        return bool(off) or bool(away)
+        (value, gradient), (mean, mean_gradient) = (
+            self._mean(batches) for batches in ([batch], [rows(batch, part) for part in parts])
+        )
+        off = (value - mean).abs() > tol * torch.maximum(value.abs(), mean.abs())
+        change = [a - b for a, b in zip(gradient, mean_gradient, strict=True)]
+        away = _largest(change) > 10 * tol * torch.maximum(_largest(gradient), _largest(mean_gradient))
+        return bool(off | away)
 
-    def _sums(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """(Sum of losses, weight, its gradient by the parameters) of a batch beside the stream, in float64."""
-        self.forget()
-        total, weight = self.total(batch)
-        if total.requires_grad:
-            parts = torch.autograd.grad(total, self.parameters, allow_unused=True, materialize_grads=True)
-            gradient = torch.cat([part.reshape(-1).double() for part in parts])
-        else:
-            gradient = torch.zeros(1, dtype=torch.float64, device=total.device)
-        return total.detach().double(), torch.tensor(weight, dtype=torch.float64, device=total.device), gradient
+    def _mean(self, batches: Sequence[Any]) -> tuple[Tensor, Sequence[Tensor]]:
+        """The mean loss of some batches beside the stream, and its gradient."""
+        losses, weights = [], 0.0
+        for batch in batches:
+            self.forget()
+            total, weight = self.total(batch)
+            losses.append(total)
+            weights += weight
+        mean = torch.stack(losses).sum() / (weights or 1)
+        if not mean.requires_grad:
+            return mean, [torch.zeros_like(mean)]
+        return mean.detach(), torch.autograd.grad(mean, self.parameters, allow_unused=True, materialize_grads=True)
 
     def _check_projections(self, batch: Any) -> None:
         """Refuse an embedding whose rows are too long where other layers use its weight: they would see it change."""
@@ -369,6 +371,11 @@ def _cloned(batch: Any) -> Any:
 def _equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same bits; NaN equals itself."""
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude in some tensors; a sum of squares could underflow."""
+    return torch.stack([tensor.detach().abs().max() for tensor in tensors if tensor.numel()]).max()
 
 
 def _reason(error: BaseException) -> str:
