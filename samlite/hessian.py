@@ -36,17 +36,24 @@ from samlite.untouched import check_real
 class Hessian(Operator):
     """H = (1/n) sum_i of the second derivatives of sample i's loss by the parameters: ``h @ v``, ``h.eigenvalues()``.
 
+    The measurement is the same whatever is switched on around it (no_grad, inference mode, autocast, anomaly mode), and
+    sees neither hooks on gradients nor checkpointing nor compilation. Transforms of torch.func and fake tensors are
+    refused.
+
     Args:
-        model: any module. It is left as it was found: weights, gradients, modes, buffers, random state.
+        model: any module; of a wrapper that compiles it or distributes its training, the module inside. It is left as
+            it was found: weights, gradients, modes, buffers, plain attributes, random state.
         loss_fn: a loss module, taken as criterion(model(inputs), targets) with its own denominator
             (ignore_index, class weights); or ``loss_fn(model, batch)`` that returns the mean loss over the batch, or
             (mean loss, weight) where its denominator is not the number of samples.
-        data: an (inputs, targets) pair of tensors, or a re-iterable of batches, the same at every pass. Batches of
-            unequal size count by their samples.
-        params: which parameters, as name patterns (``"layer3.*"``) or tensors; default all that require a gradient.
+        data: an (inputs, targets) pair of tensors, or a re-iterable of batches, the same at every pass: tensors in
+            containers of any kind (see ``samlite.batches``). Batches of unequal size count by their samples. A pair
+            whose samples depend on each other through the loss (contrastive, pairwise) is one batch.
+        params: which parameters, as name patterns (``"layer3.*"``) or tensors; default all of the model that require a
+            gradient. Those of a loss module are named ``criterion.NAME``.
         curvature: "hessian", or "ggn" for its Gauss-Newton part: see ``samlite.curvature``.
         memory: bytes (or "2GB") that kept graphs may take; default half of what is free. Beyond it graphs are built
-            anew at every product, with the same results.
+            anew at every product, with the same results. The graph of one batch comes on top.
         mode: "eval", or "train" for the function with batch statistics.
         process_group: of ``torch.distributed``, whose processes each hold a part of the data and the same weights:
             every result is that of all the data together, the same on every process, and all must call the same
