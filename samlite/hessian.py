@@ -92,11 +92,6 @@ class Hessian(Operator):
         self._losses = Losses(model, loss_fn, data, self.params, mode)
         with self._losses.neutral():
             self._losses.probe(PROBE)
-        if self._ranks and self._ranks.least(-float(self._losses.coupled)) < 0:
-            raise ValueError(
-                "a loss whose samples depend on each other needs data in batches to be shared by processes, got a pair "
-                "of tensors; pass batches"
-            )
         self._operator: Any = None
         self._state: list[tuple[Any, ...]] = []
         self._moments: dict[str, tuple[list[tuple[Any, ...]], Samples]] = {}
@@ -265,6 +260,11 @@ class Hessian(Operator):
         state = self._losses.state()
         if self._operator is None or state != self._state:
             self._operator, losses = None, self._losses
+            if self._ranks and self._ranks.least(-float(losses.coupled)) < 0:
+                raise ValueError(
+                    "a loss whose samples depend on each other needs data in batches to be shared by processes, got a "
+                    "pair of tensors; pass batches"
+                )
             curves = Curves(compiled(), losses, self.curvature)
 
             def graph() -> tuple[Any, Tensor, float, int] | None:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
+from functools import cached_property
 from itertools import chain, islice, pairwise
 from typing import Any
 
@@ -51,7 +52,6 @@ class Losses:
         self.model, self.data, self.parameters, self.mode = model, _checked_data(data), parameters, mode
         self._loss_fn, self.loss = loss_fn, _as_function(loss_fn, model, like=parameters[0])
         self.held = modules_in(self.loss)
-        self.coupled = False  # the samples of a pair depend on each other, so that it stays one batch
         self._writes = False  # the loss writes into its batch
         self._first: tuple[float, list[Any]] | None = None  # the loss of the first batch, and the weights' state
         self.cut(len(self.data[0]) if is_pair(self.data) else 0)
@@ -229,10 +229,6 @@ class Losses:
             return
         self._check_function(value, second, bool(called))
         self._first = float(value.detach()), self.state()
-        if is_pair(self.data):
-            n = len(batch[0])
-            edges = sorted({0, n // 7, n // 2, n})  # unequal parts, as equal ones may agree by chance
-            self.coupled = n > 1 and self.couples(batch, [slice(*edge) for edge in pairwise(edges)])
         self.forget()
 
     def _check_function(self, value: Tensor, second: float, called: bool) -> None:
@@ -256,6 +252,16 @@ class Losses:
                 "the loss must depend on the parameters by operations that autograd follows, got one without a graph; "
                 "leave no_grad, inference_mode, detach() and item() out of model and loss"
             )
+
+    @cached_property
+    def coupled(self) -> bool:
+        """Whether the samples of a pair depend on each other, so that it must stay one batch."""
+        if not is_pair(self.data):
+            return False
+        first = tuple(part[:PROBE] for part in self.data)
+        n = len(first[0])
+        edges = sorted({0, n // 7, n // 2, n})  # unequal parts, as equal ones may agree by chance
+        return n > 1 and self.couples(first, [slice(*edge) for edge in pairwise(edges)])
 
     def couples(self, batch: Any, parts: Sequence[slice]) -> bool:
         """Whether samples depend on each other: the loss of a batch or its gradient is not the mean of its parts'."""
