@@ -182,8 +182,10 @@ def untouched(
         stack.enter_context(_without_hooks(everything))
         model.train(mode == "train")
         for module in modules:
-            if isinstance(module, nn.Embedding) and module.max_norm is not None:
-                stack.enter_context(_projected(module))
+            if isinstance(module, nn.Embedding):
+                module.sparse = module.scale_grad_by_freq = False  # these change the gradient, not the loss
+                if module.max_norm is not None:
+                    stack.enter_context(_projected(module))
             if isinstance(module, DistributedDataParallel):  # wait for no other process
                 module.require_backward_grad_sync = module.require_forward_param_sync = False
         yield

@@ -201,6 +201,13 @@ def test_a_model_under_ddp_is_measured_and_trains_on(unused: bool) -> None:
 
 
 @pytest.mark.usefixtures("alone")
+def test_processes_cannot_share_a_pair_whose_samples_depend_on_each_other() -> None:
+    h = Hessian(network(), info_nce, pair(20), process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="needs data in batches to be shared by processes"):
+        h.eigenvalues(1)
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_model_in_shards_is_refused_in_one_line() -> None:
     from torch.distributed.fsdp import fully_shard
 

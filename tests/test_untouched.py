@@ -385,9 +385,20 @@ def test_data_that_a_model_writes_into_are_left_as_they_were() -> None:
         assert torch.equal(x, before)
 
 
-def embedded(max_norm: float | None) -> nn.Module:
+def embedded(max_norm: float | None = None, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(7, 4, max_norm=max_norm), nn.Tanh(), nn.Linear(4, 3)).double()
+    return nn.Sequential(nn.Embedding(7, 4, max_norm=max_norm, **options), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+@pytest.mark.parametrize("options", [{"sparse": True}, {"scale_grad_by_freq": True}], ids=str)
+def test_an_embedding_that_changes_its_gradient_is_measured_as_one_that_does_not(options: dict[str, bool]) -> None:
+    data = torch.arange(21) % 7, torch.arange(21) % 3
+    model, plain = embedded(**options), embedded()
+    assert close(top(model, data=data), top(plain, data=data))
+    h, reference = Hessian(model, CE, data), Hessian(plain, CE, data)
+    assert torch.allclose(h.gradient(), reference.gradient())
+    assert h.moments(2).nonuniformity == reference.moments(2).nonuniformity
+    assert all(getattr(model[0], name) for name in options)
 
 
 @pytest.mark.parametrize("memory", ["1GB", 0])
