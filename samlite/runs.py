@@ -7,8 +7,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from samlite import network, tasks
-from samlite.checkpoints import load_model_weights, load_weights, read_json, save_tensors
+from samlite.checkpoints import load_model_weights, load_weights, save_tensors
 from samlite.config import Config, usable_device
+from samlite.documents import CONFIG, RESULT, read_config
 from samlite.sparsity import masks_in
 from samlite.tasks import Splits, Task
 from samlite.tasks.noise import noisy
@@ -30,9 +31,9 @@ class Run:
 def load_run(folder: Path | str, device: str | None = None) -> Run:
     """A finished run with its data. Raises ValueError where the folder holds none."""
     folder = Path(folder)
-    if not (folder / "result.json").is_file():
-        raise ValueError(f"{folder} must be the folder of a finished run; it has no result.json")
-    config = Config.from_json(read_json(folder / "config.json"), folder / "config.json")
+    if not (folder / RESULT).is_file():
+        raise ValueError(f"{folder} must be the folder of a finished run; it has no {RESULT}")
+    config = read_config(folder)
     task, place = tasks.get(config.task).configured(config), usable_device(device or config.device)
     data = load_data(task, config, folder).to(place)
     return Run(folder, config, task, final_network(task, config, data, folder), data)
@@ -74,9 +75,9 @@ def check_folder(out: Path, config: Config, resume: bool) -> None:
         return
     if not resume:
         raise ValueError(f"{out} must be empty without resuming; choose another folder or delete this one")
-    if not (out / "config.json").exists():
-        raise ValueError(f"{out} must be empty or hold a run, but it has no config.json; choose another folder")
-    found = Config.from_json(read_json(out / "config.json"), out / "config.json")
+    if not (out / CONFIG).exists():
+        raise ValueError(f"{out} must be empty or hold a run, but it has no {CONFIG}; choose another folder")
+    found = read_config(out)
     differences = [
         f"{name} {value} there, {getattr(config, name)} now"
         for name, value in vars(found).items()
