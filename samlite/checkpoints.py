@@ -10,7 +10,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -181,8 +181,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def load_model_weights(path: Path, model: nn.Module) -> None:
     """Read the weights that `save_model_weights` wrote. Raises ValueError where they do not fit."""
+    check_types(model, load_weights(path), path)
     try:
-        load_model(model, regular(path))
+        load_model(model, path)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} does not hold the weights of this run's network: {_reason(error)}") from None
 
@@ -204,6 +205,19 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if not state or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise ValueError(f"{path} must hold named tensors, as model.state_dict() gives them")
     return state
+
+
+def check_types(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ValueError where torch would convert numbers to another kind: complex ones to their real part, say."""
+    for name, tensor in model.state_dict().items():
+        if name in weights and isinstance(tensor, Tensor) and _kind(weights[name]) != _kind(tensor):
+            raise ValueError(f"{path} must hold {name} as {_kind(tensor)} numbers, got {weights[name].dtype}")
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return "sparse or quantized"
+    return "complex" if tensor.is_complex() else "floating-point" if tensor.is_floating_point() else "whole"
 
 
 def _reason(error: Exception) -> str:

@@ -240,7 +240,7 @@ class Config:
             path = Path(values["data"])
             if path.is_dir() or (path.suffix and path.is_file()):  # a file named like a hub id hides no data set
                 values["data"] = str(path.resolve())  # found again from anywhere
-        return cls(task=task, **_floats(_with_tuples(values)))
+        return cls(task=task, **_plain(values))
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], origin: object) -> "Config":
@@ -258,7 +258,7 @@ class Config:
             if not isinstance(settings, Mapping):
                 raise ValueError(f"settings must be numbers by name, got {described(settings)}")
             values["settings"] = tuple(sorted(settings.items()))
-            return cls(**_floats(_with_tuples(values)))
+            return cls(**_plain(values))
         except KeyError as error:
             raise ValueError(f"{origin} must hold the field {error}") from None
         except ValueError as error:
@@ -315,15 +315,12 @@ def check_recipe(recipe: Mapping[str, Any]) -> None:
         raise ValueError(f"settings must be numbers by name, got {described(recipe['settings'])}")
 
 
-def _floats(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Whole numbers as floats where either may stand, so that 1 and 1.0 give one name."""
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole numbers as floats where either may stand, so that 1 and 1.0 give one name, and a list as a tuple."""
+    if isinstance(milestones := values["milestones"], list):
+        values = {**values, "milestones": tuple(milestones)}
     names = ("rho", "lr", "momentum", "weight_decay", "dropout", "label_noise", "sparsity", "clip", *OWN_NAMES)
     return {name: float(value) if name in names and _is_whole(value) else value for name, value in values.items()}
-
-
-def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists, as files have them, as the tuples of a config."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _is_whole(value: object) -> bool:

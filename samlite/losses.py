@@ -37,7 +37,7 @@ class Losses:
     """
 
     def __init__(self, model: nn.Module, loss_fn: Loss, data: Data, parameters: list[nn.Parameter], mode: str) -> None:
-        self.model, self.data, self.parameters, self.mode = model, _checked_data(data), parameters, mode
+        self.model, self.data, self.parameters, self.mode = model, checked_data(data), parameters, mode
         self._loss_fn, self.loss = loss_fn, _as_function(loss_fn, like=parameters[0])
         # Batch norm in train mode couples the rows of a batch, so there a pair of tensors stays whole.
         self.cut(len(self.data[0]) if is_pair(self.data) else 0)
@@ -223,7 +223,8 @@ def is_pair(data: Any) -> bool:
     return isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
 
 
-def _checked_data(data: Any) -> Any:
+def checked_data(data: Any) -> Any:
+    """The data, unless they are no (inputs, targets) pair of equal length and no re-iterable: ValueError says so."""
     if isinstance(data, list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         raise ValueError(
             "data must be a tuple (inputs, targets) or a re-iterable of batches, got a list of two tensors; "

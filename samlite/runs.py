@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from samlite import network, tasks
@@ -43,7 +44,10 @@ def final_network(task: Task, config: Config, data: Splits, folder: Path) -> nn.
     """The trained network in evaluation mode, beside its data."""
     path = folder / "model.safetensors"
     masks: Mapping[str, Tensor] = masks_in(load_weights(path)) if config.sparsity else {}
-    model = network.initial(task, config, data, masks)
+    try:
+        model = network.initial(task, config, data, masks)
+    except ValueError as error:
+        raise ValueError(f"{path} does not hold the weights of this run's network: {error}") from None
     load_model_weights(path, model)
     return model.eval()
 
@@ -55,13 +59,22 @@ def load_data(task: Task, config: Config, folder: Path) -> Splits:
         return data
     if (folder / LABELS).exists():
         labels = load_weights(folder / LABELS).get("labels")
-        if labels is None or labels.shape != data.train.targets.shape:
+        if labels is None or not _are_labels(labels, data.train.targets, task.classes_in(data) or 0):
             raise ValueError(f"{folder / LABELS} does not hold the labels of this run's data; delete it")
     else:
         classes = task.classes_in(data)
         assert classes is not None  # the config was checked
         labels = noisy(data.train.targets, classes, config.label_noise, config.seed)
     return replace(data, train=replace(data.train, targets=labels))
+
+
+def _are_labels(labels: Tensor, targets: Tensor, classes: int) -> bool:
+    """Whether these are class numbers wherever the targets are."""
+    if labels.shape != targets.shape or labels.dtype != targets.dtype:
+        return False
+    known = targets >= 0
+    chosen = labels[known]
+    return torch.equal(labels >= 0, known) and bool(((chosen < classes) & (chosen == chosen.floor())).all())
 
 
 def save_labels(data: Splits, folder: Path) -> None:

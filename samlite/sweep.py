@@ -17,6 +17,7 @@ from samlite.config import FAMILY, OWN_NAMES, Config
 from samlite.documents import RESULT, SWEEP, read_config, read_sharpness
 from samlite.documents import read_cells as read
 from samlite.engines import Engine, Local, Running
+from samlite.files import described
 
 CLAIMS = ".claims"  # a file for each cell that a sweep works on
 CELLS = 10_000  # of a sweep at most: each is a process, and a folder
@@ -78,7 +79,7 @@ def grid(
         methods += [{"optimizer": optimizer, "rho": rho, **own} for rho in (rhos if own and rhos else (None,))]
     count = len(widths) * len(conditions) * seeds * len(methods)
     if count > CELLS:
-        raise ValueError(f"a sweep must have at most {CELLS:,} runs, got {count:.4g}; ask for fewer seeds or values")
+        raise ValueError(f"a sweep must have at most {CELLS:,} runs, got {described(count)}; ask for fewer seeds")
     cells = []
     for width in widths:
         for condition in conditions:
@@ -202,7 +203,7 @@ def _merged(folder: Path, cells: Sequence[Config]) -> list[Config]:
 
 def _kinds(cells: Sequence[Config]) -> list[Config]:
     """One cell of each kind that `_differences` can tell apart."""
-    kinds = {}
+    kinds: dict[Any, Config] = {}
     for cell in cells:
         common = tuple(value for name, value in vars(cell).items() if name not in OWN_OF_CELLS)
         kinds.setdefault((common, cell.base, bool(cell.sparsity)), cell)

@@ -66,9 +66,12 @@ class Tracker:
         return {"vectors": self.vectors, "outsider": self.outsider}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        device = self.hessian.params[0].device
-        for name in ("vectors", "outsider"):
+        """Take what `state_dict` gave. Raises ValueError where it is of another network or number of values."""
+        device, p = self.hessian.params[0].device, self.hessian.shape[0]
+        for name, shape in {"vectors": (p, self.k), "outsider": (p,)}.items():
             tensor = state[name]
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name} must be of shape {shape}, got {tuple(tensor.shape)}")
             setattr(self, name, None if tensor is None else tensor.to(device))
 
     def _eigenvalues(self, **options: Any) -> Eigenvalues:
