@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,6 +216,7 @@ def _status(found: dict[str, Any]) -> str:
 
 def _stop_with_stdin() -> None:
     """End at once when standard input closes: a sweep holds it open for as long as it lives."""
-    while os.read(0, 1024):
-        pass
+    with suppress(OSError):  # it was never open
+        while os.read(0, 1024):
+            pass
     os._exit(1)

@@ -46,6 +46,7 @@ def regular_tree(folder: Path) -> None:
             if os.path.exists(path := Path(parent, name)):
                 regular(path)
 
+
 def described(value: Any) -> str:
     """A value in so few characters that a line has room for it."""
     try:

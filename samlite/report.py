@@ -76,9 +76,7 @@ def summarize(folder: Path | str) -> Report:
     """Report on a sweep, finished or not. Raises ValueError where no run is finished."""
     folder = Path(folder)
     cells = read_cells(folder)
-    results = {
-        cell: read_result(folder / cell.name, *NEEDED) for cell in cells if finished(folder / cell.name, cell)
-    }
+    results = {cell: read_result(folder / cell.name, *NEEDED) for cell in cells if finished(folder / cell.name, cell)}
     if not results:
         raise ValueError(f"{folder} must hold a finished run; repeat its sweep")
     task = tasks.get(cells[0].task)
