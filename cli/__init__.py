@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 INTERRUPTED = "Error: interrupted; repeat the command to continue\n"
-PATIENCE = 5  # seconds after Ctrl-C in which the program must have ended
+PATIENCE = 4.0  # seconds after Ctrl-C in which the program must have ended
 
 
 def __getattr__(name: str) -> Any:
@@ -39,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _ended_by_ctrl_c() -> Iterator[None]:
-    """Raise KeyboardInterrupt at Ctrl-C, and end the process where a library swallows that, or something hangs."""
+    """Raise KeyboardInterrupt at Ctrl-C, once more where a library swallows it, and end the process if nothing helps.
+
+    What is raised while torch is imported may be swallowed by its C++ part.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -47,19 +51,22 @@ def _ended_by_ctrl_c() -> Iterator[None]:
         yield
         return
 
-    def end(number: int, frame: FrameType | None) -> None:
-        sys.stderr.write(INTERRUPTED)
-        sys.stderr.flush()
-        os._exit(130)
+    pressed: list[float] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGALRM, end)
-        signal.alarm(PATIENCE)
+        pressed.append(time.monotonic())
+        if pressed[-1] - pressed[0] >= PATIENCE:
+            sys.stderr.write(INTERRUPTED)
+            sys.stderr.flush()
+            os._exit(130)
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE / 2)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
-        signal.alarm(0)
+        if pressed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
