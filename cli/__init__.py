@@ -1,7 +1,4 @@
-"""The terminal: one command a file, each importing what is heavy only when it runs.
-
-What is here imports next to nothing, so that Ctrl-C finds `main` already at work.
-"""
+"""The terminal: one command a file, each importing what is heavy only when it runs."""
 
 import os
 import signal
@@ -11,27 +8,23 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 INTERRUPTED = "Error: interrupted; repeat the command to continue\n"
 PATIENCE = 4.0  # seconds after Ctrl-C in which the program must have ended
 
+try:
+    from samlite.cli.commands import cli, run
+except KeyboardInterrupt:
+    sys.stderr.write(INTERRUPTED)
+    sys.exit(130)
 
-def __getattr__(name: str) -> Any:
-    """Give the command `cli`, which needs click."""
-    if name == "cli":
-        from samlite.cli.commands import cli
-
-        return cli
-    raise AttributeError(f"module 'samlite.cli' has no attribute {name!r}")
+__all__ = ["cli", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; whatever goes wrong becomes one line."""
     try:
         with _ended_by_ctrl_c():
-            from samlite.cli.commands import run
-
             run(arguments)
     except KeyboardInterrupt:
         sys.stderr.write(INTERRUPTED)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save
 from torch import Tensor, nn
 
-from samlite.files import regular, replaceable
+from samlite.files import described, regular, replaceable
 
 PATIENCE = 5.0  # seconds to wait for a folder: a killed sweep's last cells need a moment to end
 
@@ -202,8 +202,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(state.get(key), dict):
             state = state[key]
-    if not state or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
-        raise ValueError(f"{path} must hold named tensors, as model.state_dict() gives them")
+    others = [name for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
+    if others or not state:
+        found = f"{described(others[0])}: {described(state[others[0]])}" if others else "none"
+        raise ValueError(f"{path} must hold named tensors, as model.state_dict() gives them, got {found}")
     return state
 
 

@@ -216,7 +216,9 @@ def _load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         missing, unexpected = module.load_state_dict(state, strict=False)
     except RuntimeError as error:
         detail = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise ValueError(f"{path} must fit the model of --model: {detail}") from None
+        raise ValueError(f"{path} must fit the model of --model: {detail or error}") from None
+    except Exception as error:  # quantized layers, and whatever else has its own way to load
+        raise ValueError(f"{path} must fit the model of --model, got {type(error).__name__}: {error}") from error
     # A tied weight is stored once: what it is missing under its other names is there.
     tensors = module.state_dict(keep_vars=True)
     present = {id(tensor) for name, tensor in tensors.items() if name in state}
