@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _ended_by_ctrl_c() -> Iterator[None]:
     """Raise KeyboardInterrupt at Ctrl-C, once more where a library swallows it, and end the process if nothing helps.
 
-    What is raised while torch is imported may be swallowed by its C++ part.
+    Imports are finished first: the C++ part of torch swallows what is raised meanwhile, or aborts.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -52,9 +52,11 @@ def _ended_by_ctrl_c() -> Iterator[None]:
             sys.stderr.write(INTERRUPTED)
             sys.stderr.flush()
             os._exit(130)
+        importing = _is_importing(frame)
         signal.signal(signal.SIGALRM, interrupt)
-        signal.setitimer(signal.ITIMER_REAL, PATIENCE / 2)
-        raise KeyboardInterrupt
+        signal.setitimer(signal.ITIMER_REAL, 0.05 if importing else PATIENCE / 2)
+        if not importing:
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
     try:
@@ -63,3 +65,9 @@ def _ended_by_ctrl_c() -> Iterator[None]:
         if pressed:
             signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None

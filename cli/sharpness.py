@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from samlite.hessian import Hessian
     from samlite.measure import Subject
 
+FIGURE = "density.png"  # in a run's folder
+
 
 @click.command(short_help="Measure Hessian eigenvalues at a minimum.")
 @click.argument("source", metavar="RUN_OR_CHECKPOINT", callback=existing)
@@ -121,7 +123,7 @@ def sharpness(
     The measurement of a run is kept in its sharpness.json where --tol is 1e-3 or less.
     """
     _check_options(source, samples, lr, rho, figure, wanted, {"--model": model, "--data": data, "--loss": loss})
-    _check_files(figure, save_vectors)
+    _check_files(source, figure, save_vectors)
     from samlite import ranks
 
     click.get_current_context().with_resource(ranks.joined())
@@ -201,8 +203,13 @@ def _check_options(
         )
 
 
-def _check_files(figure: Path | None, vectors: Path | None) -> None:
+def _check_files(source: Path, figure: Path | None, vectors: Path | None) -> None:
     """Before the work, not after it."""
+    from samlite.documents import read_sharpness
+
+    if source.is_dir():
+        read_sharpness(source)
+        replaceable(source / FIGURE)
     for name, path in (("--figure", figure), ("--save-vectors", vectors)):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{name} must be in a folder that exists, got {path}; make {path.parent}")
@@ -245,7 +252,7 @@ def _save(path: Path, found: Any) -> None:
 
 def _draw(source: Path, figure: Path | None, density: Any) -> Path | None:
     """The figure of the density, unless there is no place for it or no matplotlib."""
-    path = figure or (source / "density.png" if source.is_dir() else None)
+    path = figure or (source / FIGURE if source.is_dir() else None)
     if density is None or path is None:
         return None
     from samlite import figures

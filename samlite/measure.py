@@ -132,8 +132,8 @@ def keep(folder: Path, record: dict[str, Any]) -> None:
         whole = read_sharpness(folder)
         kept = whole.setdefault("ggn", {}) if record.get("curvature") == "ggn" else whole
         worse = [name for name, value in record.items() if _converged(value) is False and _converged(kept.get(name))]
-        if "eigenvalues" in worse:  # to which everything belongs that has no `converged` of its own
-            worse += [name for name, value in record.items() if _converged(value) is None]
+        if "eigenvalues" in worse:  # which the settings beside them describe
+            worse += [name for name, value in record.items() if not isinstance(value, dict)]
         kept.update({name: value for name, value in record.items() if name not in worse})
         write_json(folder / SHARPNESS, whole)
 

@@ -422,9 +422,9 @@ def other_tensor(tensor: torch.Tensor, draw: random.Random) -> torch.Tensor:
         lambda t: t[None],
         lambda t: t.flatten()[:0],
         lambda t: torch.tensor(3),
-        lambda t: torch.full_like(t, float("nan")) if t.is_floating_point() else t - 99,
+        lambda t: torch.full_like(t, float("nan")) if t.is_floating_point() else t.long() - 99,
         lambda t: torch.full_like(t, 100),
-        lambda t: torch.full_like(t, float("inf")) if t.is_floating_point() else t + 99,
+        lambda t: torch.full_like(t, float("inf")) if t.is_floating_point() else ~t,
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of complex numbers that become whole ones

@@ -317,3 +317,58 @@ def test_a_sweep_killed_at_twenty_random_moments_is_completed_bit_for_bit(tmp_pa
     assert process(*options, tmp_path / "killed").status == 0
     assert process(*options, tmp_path / "whole").status == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_a_claim_that_is_no_file_ends_the_sweep_in_one_line(tmp_path: Path, kind: str) -> None:
+    cells = grid("digits", [8], ["sgd"], seeds=1, **QUICK)
+    path = tmp_path / sweep.CLAIMS / cells[0].name
+    path.parent.mkdir()
+    {"pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir}[kind]()
+    with pytest.raises((ValueError, IsADirectoryError), match=cells[0].name):
+        list(sweep.run(tmp_path, cells))
+
+
+def test_a_grid_larger_than_any_machine_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="a sweep must have at most 10,000 runs, got 2000000000000; ask for fewer"):
+        grid("digits", [8], seeds=10**12)
+
+
+def interrupted(folder: Path, delay: float) -> tuple[int, str, float]:
+    """Press Ctrl-C in a sweep: its status, what it said, and how long it took to end."""
+    call = command("sweep", "--widths", "8,16", "--seeds", 2, "--epochs", 10**6, "--jobs", 2, "--out", folder)
+    with subprocess.Popen(
+        call,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which background jobs inherit as ignored
+    ) as running:
+        if delay:
+            time.sleep(delay)
+        else:
+            while not list(folder.glob("*/config.json")):
+                time.sleep(0.02)
+        pressed = time.monotonic()
+        os.killpg(running.pid, signal.SIGINT)
+        err = running.communicate(timeout=60)[1]
+        took = time.monotonic() - pressed
+    for _ in range(100):  # cells that lost their sweep end by themselves
+        if not subprocess.run(["pgrep", "-s", str(running.pid)], capture_output=True).stdout:
+            return running.returncode, err, took
+        time.sleep(0.1)
+    raise AssertionError("its cells are still there")
+
+
+def test_ctrl_c_ends_a_sweep_and_its_cells_in_one_line(tmp_path: Path) -> None:
+    status, err, _ = interrupted(tmp_path / "sweep", delay=0)
+    assert (status, err.strip()) == (130, "Error: interrupted; repeat the command to continue")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(32))
+def test_ctrl_c_ends_a_sweep_at_any_moment(tmp_path: Path, moment: int) -> None:
+    status, err, took = interrupted(tmp_path / "sweep", delay=0.3 + 0.1 * moment)  # torch is imported until about 2
+    assert (status, err.strip()) == (130, "Error: interrupted; repeat the command to continue")
+    assert took < 30
