@@ -211,4 +211,6 @@ def _reason(code: int, errors: bytes) -> str:
     if code < 0:
         return f"ended by {signal.Signals(-code).name}; repeat the command to continue"
     lines = errors.decode(errors="replace").strip().splitlines()
+    if os.environ.get("SAMLITE_DEBUG") == "1":  # with its traceback
+        return "\n".join(lines)
     return (lines[-1].removeprefix("Error: ") if lines else f"ended with status {code}") if code else ""

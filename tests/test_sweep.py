@@ -329,6 +329,13 @@ def test_a_claim_that_is_no_file_ends_the_sweep_in_one_line(tmp_path: Path, kind
         list(sweep.run(tmp_path, cells))
 
 
+def test_why_a_cell_failed_is_its_last_line_or_all_of_them_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = b"Traceback\n  somewhere\nError: lr must be > 0\n"
+    assert engines._reason(2, said) == "lr must be > 0"
+    monkeypatch.setenv("SAMLITE_DEBUG", "1")
+    assert engines._reason(2, said) == said.decode().strip()
+
+
 def test_a_grid_larger_than_any_machine_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="a sweep must have at most 10,000 runs, got 2000000000000; ask for fewer"):
         grid("digits", [8], seeds=10**12)
