@@ -63,22 +63,38 @@ def claimed(path: Path) -> IO[str] | None:
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to; what was written there takes the place of `path` in one step.
 
-    Where that fails, `path` stays as it was and nothing is left beside it. Raises ValueError unless `path` is a
-    regular file or not there.
+    Where that fails, `path` stays as it was and nothing is left beside it. Of several processes one writes after the
+    other. Raises ValueError unless `path` is a regular file or not there.
     """
     replaceable(path)
     beside = path.with_name(f".{path.name}.new")
-    beside.unlink(missing_ok=True)  # of a process that was killed
     try:
-        yield beside
-        _sync(beside)
-        os.replace(beside, path)
-    except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno:
+        with _alone_at(beside):
+            try:
+                yield beside
+                _sync(beside)
+                os.replace(beside, path)
+            except BaseException:
+                beside.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        if error.errno:
             error.filename = str(path)  # a full disk does not say which file
         raise
     _sync(path.parent)
+
+
+@contextmanager
+def _alone_at(path: Path) -> Iterator[None]:
+    """Hold a file for this process alone, creating it; what is there of a process that was killed does not matter."""
+    while True:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.unlink()
+        with open(path, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # not renamed meanwhile
+                yield
+                return
 
 
 def _sync(path: Path) -> None:

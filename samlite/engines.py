@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -151,12 +152,11 @@ class _Process:
             return _reason(self.child.returncode, self.errors.read())
 
     def stop(self) -> None:
-        """Ask the process to end, and make it end."""
+        """Ask the process to end, and end it if it has not done so in time."""
         self.child.terminate()
-        try:
-            self.child.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.child.kill()
+        killer = threading.Timer(PATIENCE, self.child.kill)
+        killer.daemon = True
+        killer.start()
 
 
 @dataclass(frozen=True)

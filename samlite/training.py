@@ -8,7 +8,7 @@ it was interrupted.
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
@@ -261,10 +261,12 @@ def _restore(
         check_types(model, state["model"], path)
         model.load_state_dict(state["model"])
         options = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
+        _check_state(state["optimizer"]["state"].values())
         optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(optimizer.param_groups, options, strict=True):
             group.update(own)  # which the config decides
-        _check_state(optimizer)
+        for parameter, kept in optimizer.state.items():
+            _check_state([kept], parameter.shape)
         if scaler:
             scaler.load_state_dict(state["scaler"])
         order.set_state(state["order"])
@@ -272,18 +274,23 @@ def _restore(
             tracker.load_state_dict(state["tracker"])
         best = dict(state["best"])
         if "model" in best:
+            check_types(model, best["model"], path)
             deepcopy(model).load_state_dict(best["model"])
         return [kind(**record) for record in state["records"]], best
     except Exception as error:  # damage shows as many kinds of error
         raise ValueError(f"{path} is not a checkpoint of this run; delete it to start afresh") from error
 
 
-def _check_state(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError where what is kept for a parameter is of another shape."""
-    for parameter, kept in optimizer.state.items():
+def _check_state(states: Iterable[Mapping[str, Any]], shape: torch.Size | None = None) -> None:
+    """Raise ValueError where what an optimizer keeps for a parameter is of another kind, or of another shape."""
+    for kept in states:
         for name, value in kept.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                raise ValueError(f"{name} must be of shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
+            if not isinstance(value, Tensor) or not value.dim():
+                continue
+            if not value.is_floating_point():  # torch would convert it
+                raise ValueError(f"{name} must hold floating-point numbers, got {value.dtype}")
+            if shape is not None and value.shape != shape:
+                raise ValueError(f"{name} must be of shape {tuple(shape)}, got {tuple(value.shape)}")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,28 @@ def test_a_disk_that_is_full_leaves_the_old_file_alone_and_nothing_beside_it(tmp
         signal.signal(signal.SIGXFSZ, ignored)
     assert error.value.filename == str(path)
     assert read_json(path) == {"old": 1} and [each.name for each in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_of_many_that_write_one_file_at_once_each_writes_a_whole_one(tmp_path: Path) -> None:
+    texts = [letter * 300_000 for letter in "abcdefgh"]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: checkpoints.write_text(tmp_path / "file", text), texts * 2))
+    assert (tmp_path / "file").read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "half"])
+def test_what_a_killed_process_left_beside_a_file_does_not_matter(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    beside = tmp_path / ".file.json.new"
+    {
+        "pipe": lambda: os.mkfifo(beside),
+        "link": lambda: beside.symlink_to("thesis.tex"),
+        "half": lambda: beside.write_text("{" * 500),
+    }[kind]()
+    write_json(tmp_path / "file.json", {"new": 2})
+    assert read_json(tmp_path / "file.json") == {"new": 2} and not beside.exists()
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop"])

@@ -4,6 +4,8 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -327,6 +329,18 @@ def test_a_claim_that_is_no_file_ends_the_sweep_in_one_line(tmp_path: Path, kind
     {"pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir}[kind]()
     with pytest.raises((ValueError, IsADirectoryError), match=cells[0].name):
         list(sweep.run(tmp_path, cells))
+
+
+def test_a_cell_that_does_not_end_when_asked_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    monkeypatch.setattr(engines, "PATIENCE", 0.1)
+    with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        with tempfile.TemporaryFile() as errors:
+            process = engines._Process(child, errors, None)
+            process.stop()
+            assert process.failure() == "ended by SIGKILL; repeat the command to continue"
 
 
 def test_why_a_cell_failed_is_its_last_line_or_all_of_them_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
