@@ -210,7 +210,7 @@ def _command(cell: Config, measure: Collection[str]) -> list[str]:
 def _reason(code: int, errors: bytes) -> str:
     if code < 0:
         return f"ended by {signal.Signals(-code).name}; repeat the command to continue"
-    lines = errors.decode(errors="replace").strip().splitlines()
-    if os.environ.get("SAMLITE_DEBUG") == "1":  # with its traceback
-        return "\n".join(lines)
-    return (lines[-1].removeprefix("Error: ") if lines else f"ended with status {code}") if code else ""
+    if code == 0:
+        return ""
+    lines = errors.decode(errors="replace").strip().splitlines() or [f"ended with status {code}"]
+    return "\n".join(lines) if os.environ.get("SAMLITE_DEBUG") == "1" else lines[-1].removeprefix("Error: ")

@@ -1,7 +1,7 @@
 """Paths and values that a user gives, whatever they are.
 
-Only regular files are read, and only those are replaced:
-to open a named pipe waits for its other end, a device may never end, and to rename over either destroys it.
+Only regular files are read and replaced: opening a named pipe waits for its other end, a device may never end, and
+renaming over either destroys it.
 """
 
 import errno
@@ -19,7 +19,7 @@ _KINDS = {
 
 
 def regular(path: Path) -> Path:
-    """The path of a file that can be read to its end.
+    """Return the path if there is a file that can be read to its end.
 
     Raises FileNotFoundError, IsADirectoryError, and ValueError for a pipe, a socket or a device.
     """
@@ -32,7 +32,7 @@ def regular(path: Path) -> Path:
 
 
 def replaceable(path: Path) -> Path:
-    """The path where a file may be written: nothing is there, or a regular file. Raises as `regular`."""
+    """Return the path if a file may be written there: nothing is there, or a regular file. Raises as `regular`."""
     try:
         return regular(path)
     except FileNotFoundError:
@@ -40,10 +40,11 @@ def replaceable(path: Path) -> Path:
 
 
 def regular_tree(folder: Path) -> None:
-    """Raise ValueError where a folder holds something else than folders and regular files, at any depth."""
-    for parent, _, names in os.walk(folder):
+    """Raise ValueError where a folder holds something else than folders and regular files, but for hidden ones."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if os.path.exists(path := Path(parent, name)):
+            if not name.startswith(".") and os.path.exists(path := Path(parent, name)):
                 regular(path)
 
 

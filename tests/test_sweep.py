@@ -348,6 +348,7 @@ def test_why_a_cell_failed_is_its_last_line_or_all_of_them_if_asked(monkeypatch:
     assert engines._reason(2, said) == "lr must be > 0"
     monkeypatch.setenv("SAMLITE_DEBUG", "1")
     assert engines._reason(2, said) == said.decode().strip()
+    assert engines._reason(0, b"UserWarning") == ""
 
 
 def test_a_grid_larger_than_any_machine_is_refused_at_once() -> None:
