@@ -124,8 +124,7 @@ double drift(Class& self) {
 
 template <class Class, class... Rest>
 void bind_graphs(py::class_<Class, Rest...>& bound) {
-  bound.def("measure", torch::wrap_pybind_function_no_gil(&Class::measure))
-      .def("drift", torch::wrap_pybind_function_no_gil(drift<Class>))
+  bound.def("drift", torch::wrap_pybind_function_no_gil(drift<Class>))
       .def_property_readonly("build_seconds", [](Class& self) { return self.graphs().build_seconds(); })
       .def_property_readonly("batches", [](Class& self) { return self.graphs().batches(); })
       .def_property_readonly("kept", [](Class& self) { return self.graphs().kept(); })
@@ -160,7 +159,9 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Callable, Operator, std::shared_ptr<Callable>>(m, "Callable")
       .def(py::init<MatVec, Tensor, int64_t>(), py::arg("function"), py::arg("like"), py::arg("dimension"));
 
-  py::class_<Curvature, std::shared_ptr<Curvature>>(m, "Curvature");
+  m.def("sequence_number", &sequence_number);
+  m.def("drop_hooks", torch::wrap_pybind_function_no_gil(drop_hooks), py::arg("roots"), py::arg("since"));
+  py::class_<Curvature, std::shared_ptr<Curvature>>(m, "Curvature").def("held", &Curvature::held);
   m.def("gradient", torch::wrap_pybind_function_no_gil(make_gradient), py::arg("loss"), py::arg("params"));
   m.def("gauss_newton", torch::wrap_pybind_function_no_gil(make_gauss_newton), py::arg("loss"), py::arg("outputs"),
         py::arg("cuts"), py::arg("params"));
@@ -191,7 +192,9 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_site), py::arg("a"), py::arg("eta"), py::arg("z"), py::arg("layout"))
       .def("add", &Site::add, py::arg("use"));
   py::class_<Powers, std::shared_ptr<Powers>>(m, "Powers")
-      .def("__call__", torch::wrap_pybind_function_no_gil(powers), py::arg("v"), py::arg("order"));
+      .def("__call__", torch::wrap_pybind_function_no_gil(powers), py::arg("v"), py::arg("order"))
+      .def("held", &Powers::held)
+      .def("step_bytes", &Powers::step_bytes);
   m.def("chain", torch::wrap_pybind_function_no_gil(make_chain), py::arg("loss"), py::arg("sites"), py::arg("samples"),
         py::arg("params"), py::arg("outputs"), py::arg("cuts"));
   m.def("whole", torch::wrap_pybind_function_no_gil(make_whole), py::arg("curvature"), py::arg("weight"),

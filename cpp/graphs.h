@@ -3,50 +3,17 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <c10/core/Allocator.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
-#include <c10/util/Logging.h>
-#include <c10/util/ThreadLocalDebugInfo.h>
 
 #include <chrono>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <vector>
 
 namespace samlite {
 
 using at::Tensor;
-
-// Bytes allocated while it is active, as torch's allocators report them: what is left when a graph has been built is
-// the graph, and the peak above it is what building and using it takes for a moment. The channel is the memory
-// profiler's, so while somebody else listens nothing is known.
-class AllocationCounter {
- public:
-  AllocationCounter() {
-    if (c10::ThreadLocalDebugInfo::get(c10::DebugInfoKind::PROFILER_STATE)) return;
-    count_ = std::make_shared<Count>();
-    guard_.emplace(c10::DebugInfoKind::PROFILER_STATE, count_);
-    // The allocator warns when a block from before is freed, which is of no concern here (2 is ERROR).
-    FLAGS_caffe2_log_level = std::max(log_level_, 2);
-  }
-  ~AllocationCounter() { FLAGS_caffe2_log_level = log_level_; }
-  bool knows() const { return count_ != nullptr; }
-  int64_t bytes() const { return count_ ? count_->bytes : 0; }
-  int64_t peak() const { return count_ ? count_->peak : 0; }
-
- private:
-  struct Count : c10::MemoryReportingInfoBase {
-    int64_t bytes = 0, peak = 0;
-    void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device) override {
-      bytes += size;
-      peak = std::max(peak, bytes);
-    }
-    bool memoryProfilingEnabled() const override { return true; }
-  };
-  const int log_level_ = FLAGS_caffe2_log_level;
-  std::shared_ptr<Count> count_;
-  std::optional<c10::DebugInfoGuard> guard_;
-};
 
 // Sums a tensor over the processes that share a data set, in place. Empty where there is one process.
 using Sum = std::function<void(const Tensor&)>;
@@ -58,6 +25,7 @@ class Graphs {
     Graph graph;
     Tensor loss;    // the sum over the batch's samples of their loss
     double weight;  // the number or weight of its samples
+    int64_t bytes;  // of the graph
   };
   // `rewind(i)` goes to batch i, `next()` builds it on the device, or gives nothing behind the last.
   Graphs(std::function<void(int64_t)> rewind, std::function<std::optional<Batch>()> next, c10::Device device,
@@ -103,13 +71,12 @@ class Graphs {
     int64_t batch = kept();
     rewind_(batch);
     while (true) {
-      AllocationCounter counter;
       const double began = passes_ == 0 ? now() : 0;
       auto item = next_();
       if (!item) break;
       if (passes_ == 0) build_seconds_ += now() - began;
       visit(item->graph);
-      passes_ == 0 ? remember(*item, batch, counter) : compare(item->loss.detach(), batch);
+      passes_ == 0 ? remember(*item, batch) : compare(item->loss.detach(), batch);
       ++batch;
       check_signals_();
     }
@@ -120,32 +87,24 @@ class Graphs {
     ++passes_;
   }
 
-  // Bytes that building and visiting the first batch takes at its peak; it is let go.
-  template <class Visit>
-  int64_t measure(Visit visit) {
-    rewind_(0);
-    AllocationCounter counter;
-    const auto item = next_();
-    if (item) visit(item->graph);
-    return counter.peak();
-  }
-
  private:
-  // Kept graphs are those of the first batches: once one does not fit beside what a pass takes for a moment, the later
-  // ones are built anew.
-  void remember(Batch& item, int64_t batch, const AllocationCounter& counter) {
+  // Kept graphs are those of the first batches: once one does not fit, the later ones are built anew.
+  void remember(Batch& item, int64_t batch) {
     weight_ += item.weight;
     losses_.push_back(item.loss.detach());
-    if (kept() == batch && counter.knows() && kept_bytes_ + counter.peak() <= memory_) {
+    if (kept() == batch && kept_bytes_ + item.bytes <= memory_) {
       graphs_.push_back(std::move(item.graph));
-      kept_bytes_ += counter.bytes();
+      kept_bytes_ += item.bytes;
     }
   }
 
   void compare(const Tensor& loss, int64_t batch) {
     TORCH_CHECK_VALUE(batch < batches(), "data must give the same batches at every pass, got more than the ", batches(),
                       " of the first");
-    const Tensor change = (loss - losses_[batch]).abs().div(losses_[batch].abs().clamp_min(1e-30));
+    const Tensor& first = losses_[batch];
+    const double tiny = first.scalar_type() == at::kDouble ? std::numeric_limits<double>::min()
+                                                           : std::numeric_limits<float>::min();
+    const Tensor change = (loss - first).abs().div(first.abs().clamp_min(tiny));
     drift_ = drift_.defined() ? at::maximum(drift_, change) : change;
   }
 

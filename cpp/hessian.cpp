@@ -1,6 +1,11 @@
 #include "hessian.h"
 
+#include <ATen/SequenceNumber.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+
+#include <unordered_set>
 
 namespace samlite {
 
@@ -36,7 +41,32 @@ void add(const std::vector<Tensor>& terms, std::vector<Tensor>& sums) {
     if (terms[i].defined()) sums[i].add_(terms[i]);
 }
 
+void append(std::vector<Tensor>& all, const std::vector<Tensor>& more) {
+  for (const auto& tensor : more)
+    if (tensor.defined()) all.push_back(tensor);
+}
+
 }  // namespace
+
+uint64_t sequence_number() { return at::sequence_number::peek(); }
+
+void drop_hooks(const std::vector<Tensor>& roots, uint64_t since) {
+  using torch::autograd::Node;
+  std::vector<Node*> unseen;
+  std::unordered_set<Node*> seen;
+  for (const auto& root : roots) unseen.push_back(root.grad_fn().get());
+  while (!unseen.empty()) {
+    Node* node = unseen.back();
+    unseen.pop_back();
+    if (!node || node->sequence_nr() < since || !seen.insert(node).second) continue;
+    for (const auto& edge : node->next_edges()) unseen.push_back(edge.function.get());
+    if (dynamic_cast<torch::autograd::AccumulateGrad*>(node)) continue;
+    node->pre_hooks().clear();
+    node->tensor_pre_hooks().clear();
+    node->post_hooks().clear();
+    node->retains_grad_hooks().clear();
+  }
+}
 
 Gradient::Gradient(const Tensor& loss, std::vector<Tensor> params) : params_(std::move(params)) {
   if (!loss.requires_grad()) return;  // does not depend on the parameters: zero curvature
@@ -71,6 +101,12 @@ std::vector<Tensor> Outputs::curve(const std::vector<Tensor>& v) const {
   return result;
 }
 
+void Outputs::add_held(std::vector<Tensor>& out) const {
+  append(out, z_);
+  append(out, u_);
+  append(out, slopes_);
+}
+
 GaussNewton::GaussNewton(const Tensor& loss, std::vector<Tensor> z, std::vector<Tensor> cuts,
                          std::vector<Tensor> params)
     : params_(std::move(params)), outputs_(loss, std::move(z), std::move(cuts)) {
@@ -82,6 +118,12 @@ GaussNewton::GaussNewton(const Tensor& loss, std::vector<Tensor> z, std::vector<
 void GaussNewton::add_product(const std::vector<Tensor>& v, std::vector<Tensor>& out) const {
   const auto along = pulled_back(transposed_, outputs_.u(), selected(v, index_));
   add(pulled_back(outputs_.z(), params_, outputs_.curve(along)), out);
+}
+
+std::vector<Tensor> GaussNewton::held() const {
+  std::vector<Tensor> result = transposed_;
+  outputs_.add_held(result);
+  return result;
 }
 
 std::vector<Tensor> views(const Tensor& flat, const std::vector<Tensor>& params) {
@@ -109,10 +151,6 @@ Tensor Hessian::apply(const Tensor& v) {
   graphs_.pass([&](const auto& graph) { graph->add_product(directions, sums); });
   graphs_.sum(out);
   return out.div_(graphs_.weight());
-}
-
-int64_t Hessian::measure() {
-  return graphs_.measure([](const auto&) {});
 }
 
 }  // namespace samlite

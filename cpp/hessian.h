@@ -15,7 +15,14 @@ class Curvature {
   virtual ~Curvature() = default;
   // out += H v, both as one tensor a parameter.
   virtual void add_product(const std::vector<Tensor>& v, std::vector<Tensor>& out) const = 0;
+  // The tensors that it keeps, some with a graph behind them.
+  virtual std::vector<Tensor> held() const = 0;
 };
+
+// Takes the hooks of Python off the graph behind some tensors, as they would change or record every derivative: off
+// nodes made since `sequence_number()` was `since`, but not off leaves, whose hooks are not this graph's.
+void drop_hooks(const std::vector<Tensor>& roots, uint64_t since);
+uint64_t sequence_number();
 
 // The Hessian by double backward: the gradient with its graph. Parameters that the loss does not depend on, or only
 // linearly, are left out.
@@ -23,6 +30,7 @@ class Gradient : public Curvature {
  public:
   Gradient(const Tensor& loss, std::vector<Tensor> params);
   void add_product(const std::vector<Tensor>& v, std::vector<Tensor>& out) const override;
+  std::vector<Tensor> held() const override { return gradients_; }
 
  private:
   std::vector<Tensor> params_, gradients_;
@@ -40,6 +48,7 @@ class Outputs {
     return u_;
   }  // stand for a cotangent w: J v is the derivative of v^T J^T u by u
   std::vector<Tensor> curve(const std::vector<Tensor>& v) const;  // the Hessian of the loss by z, times v
+  void add_held(std::vector<Tensor>& out) const;
 
  private:
   std::vector<Tensor> z_, cuts_, u_, slopes_;
@@ -50,6 +59,7 @@ class GaussNewton : public Curvature {
  public:
   GaussNewton(const Tensor& loss, std::vector<Tensor> z, std::vector<Tensor> cuts, std::vector<Tensor> params);
   void add_product(const std::vector<Tensor>& v, std::vector<Tensor>& out) const override;
+  std::vector<Tensor> held() const override;
 
  private:
   std::vector<Tensor> params_, transposed_;  // J^T u
@@ -60,9 +70,10 @@ class GaussNewton : public Curvature {
 // flat: (p,) as one view a parameter.
 std::vector<Tensor> views(const Tensor& flat, const std::vector<Tensor>& params);
 
-// A batch as `next` gives it: its graph, the sum over its samples of their loss, and their number or weight.
+// A batch as `next` gives it: its graph, the sum over its samples of their loss, their number or weight, and the bytes
+// of the graph.
 template <class Graph>
-using Next = std::function<std::optional<std::tuple<std::shared_ptr<Graph>, Tensor, double>>()>;
+using Next = std::function<std::optional<std::tuple<std::shared_ptr<Graph>, Tensor, double, int64_t>>()>;
 
 // `next` as the stream of batches that `Graphs` takes.
 template <class Graph>
@@ -71,8 +82,8 @@ auto stream(Next<Graph> next) {
   return [next = std::move(next)]() -> std::optional<Batch> {
     auto item = next();
     if (!item) return std::nullopt;
-    auto& [graph, loss, weight] = *item;
-    return Batch{std::move(graph), loss, weight};
+    auto& [graph, loss, weight, bytes] = *item;
+    return Batch{std::move(graph), loss, weight, bytes};
   };
 }
 
@@ -84,7 +95,6 @@ class Hessian : public Operator {
           std::function<void()> check_signals, Sum sum = {});
 
   Tensor apply(const Tensor& v) override;
-  int64_t measure();  // bytes that building the first batch takes
   const Tensor& like() const override { return params_.at(0); }
   int64_t numel() const override { return numel_; }
   auto& graphs() { return graphs_; }

@@ -123,6 +123,30 @@ Chain::Chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites, int64
   }
 }
 
+std::vector<Tensor> Chain::held() const {
+  std::vector<Tensor> result;
+  const auto add = [&](const std::vector<Tensor>& tensors) {
+    for (const auto& tensor : tensors)
+      if (tensor.defined()) result.push_back(tensor);
+  };
+  for (const auto& site : sites_) add({site->a_, site->eta_, site->delta_, site->a_first_, site->delta_first_});
+  add(aa_);
+  add(dd_);
+  if (outputs_) outputs_->add_held(result);
+  return result;
+}
+
+// Two directions at a time, the old and the new one: of a parameter as a whole for each sample, or as rows.
+int64_t Chain::step_bytes() const {
+  double numbers = 0;
+  for (size_t p = 0; p < params_.size(); ++p)
+    if (!rows_[p]) numbers += static_cast<double>(n_ * params_[p].numel());
+  for (const auto& site : sites_)
+    for (const auto& use : site->uses_)
+      if (rows_[use.param]) numbers += 2 * static_cast<double>(n_) * use.gram_cost(use.positions(site->delta_first_));
+  return static_cast<int64_t>(2 * numbers * static_cast<double>(params_[0].element_size()));
+}
+
 Tensor Chain::response(const Site& site, const std::vector<Direction>& direction) const {
   const Tensor &a = site.a_first_, &delta = site.delta_first_;
   Tensor result;
@@ -360,11 +384,6 @@ Tensor Moments::ascent() {
   graphs_.sum(sum);
   graphs_.sum(counted);
   return (sum / counted)[0] * (total(samples) / graphs_.weight());
-}
-
-int64_t Moments::measure() {
-  Tensor out = at::zeros({2, numel_}, params_[0].options().requires_grad(false));
-  return graphs_.measure([&](const auto& graph) { graph->add(out[0].add(1), out); });
 }
 
 Tensor Centred::apply(const Tensor& v) {

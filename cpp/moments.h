@@ -53,6 +53,9 @@ class Powers {
   // known.
   virtual Tensor ascent() const = 0;
   virtual int64_t samples() const = 0;
+  // The tensors that it keeps, some with a graph behind them, and about what one step takes beside them.
+  virtual std::vector<Tensor> held() const = 0;
+  virtual int64_t step_bytes() const = 0;
 };
 
 class Chain : public Powers {
@@ -63,6 +66,8 @@ class Chain : public Powers {
   void add(const Tensor& v, Tensor& out) override;
   Tensor ascent() const override;
   int64_t samples() const override { return n_; }
+  std::vector<Tensor> held() const override;
+  int64_t step_bytes() const override;
 
  private:
   struct Rows {
@@ -105,6 +110,8 @@ class Whole : public Powers {
   void add(const Tensor& v, Tensor& out) override;
   Tensor ascent() const override { return at::full({1}, NAN, params_[0].options().requires_grad(false)); }
   int64_t samples() const override { return 1; }
+  std::vector<Tensor> held() const override { return curvature_->held(); }
+  int64_t step_bytes() const override { return 0; }
 
  private:
   std::shared_ptr<Curvature> curvature_;
@@ -120,7 +127,6 @@ class Moments {
           int64_t memory, std::function<void()> check_signals, Sum sum = {});
   Tensor apply(const Tensor& v, int64_t order);  // -> (order, p): M_1 v, ..., M_order v
   Tensor ascent();                               // the mean of g_i^T H_i g_i / |g_i|^2 where g_i is not 0: ()
-  int64_t measure();                             // bytes that two steps through the first batch take
   int64_t numel() const { return numel_; }
   const Tensor& like() const { return params_.at(0); }
   auto& graphs() { return graphs_; }

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from samlite.losses import tensors
+from samlite.batches import InputError, tensors
 
 Layout = tuple[int, int, int, int]  # dimension of the samples, and its size as outer * samples * inner
 
@@ -135,11 +135,11 @@ class Capture(TorchFunctionMode):
     ) -> Tensor:
         """Records z = uses . a; `features`: how many trailing dimensions are not positions. Returns z."""
         shown = z if a is None else a
+        if not z.requires_grad:  # as it does where the weights are no constants
+            z = z + z.new_zeros(()).requires_grad_()
         if self.plan is None:
             self.probes.append(Probe(shown.detach().clone(), features))
             return z
-        if not z.requires_grad:
-            z = z + z.new_zeros(()).requires_grad_()
         layout = self.plan.layout(len(self.sites), shown, self.samples)
         site = self._c.Site(a, eta, z, layout)
         for use in uses:
@@ -293,7 +293,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     if training or running_mean is None or running_var is None:
-        raise ValueError(
+        raise InputError(
             "moments need samples that do not depend on each other, got batch norm with the statistics of the batch; "
             "use mode='eval', or unit='batch'"
         )
@@ -406,7 +406,7 @@ def _expand(c: Capture, input: Tensor, *sizes: Any) -> Any:
 
 def _lstm(c: Capture, input: Tensor, *rest: Any) -> Any:
     """Taken apart into its linear layers; padded input only."""
-    if len(rest) != 8 or not isinstance(rest[1], list | tuple):
+    if isinstance(rest[0], Tensor):  # the sizes of its batches
         raise UncoveredError("lstm of a packed sequence")
     (h0, c0), weights, biased, layers, _, _, bidirectional, batch_first = rest
     x = input.transpose(0, 1) if batch_first else input  # (time, samples, features)

@@ -7,7 +7,6 @@ squared error. The outputs are what ``model(...)`` returns when `loss_fn` calls 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
@@ -16,7 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from samlite.losses import Losses, mapped
+from samlite.batches import is_pair, mapped, tensors
+from samlite.losses import Losses
+from samlite.memory import graph_bytes
 
 Kind = Literal["hessian", "ggn"]
 
@@ -40,7 +41,7 @@ class Cut:
 
     def _call(self, output: Any) -> Any:
         self.called, earlier = True, list(self.leaves)
-        result = self._replaced(output)
+        result = mapped(self._leaf, output)
         new = self.outputs[len(earlier) :]
         if earlier and new and _depends(sum(part.sum() for part in new), earlier):
             raise ValueError(
@@ -48,14 +49,6 @@ class Cut:
                 "use curvature='hessian'"
             )
         return result
-
-    def _replaced(self, output: Any) -> Any:
-        if isinstance(output, dict) and type(output) is not dict:  # a container of its own, with attributes
-            output = copy.copy(output)
-            for key, value in output.items():
-                output[key] = self._replaced(value)
-            return output
-        return mapped(self._leaf, output)
 
     def _leaf(self, part: Any) -> Any:
         if not isinstance(part, Tensor) or not part.requires_grad:
@@ -78,6 +71,7 @@ class Curves:
 
     def __init__(self, module: ModuleType, losses: Losses, kind: Kind) -> None:
         self._c, self.losses, self.kind = module, losses, kind
+        self._sizes: dict[Any, int] = {}  # bytes of graphs, by the shapes of their batches
 
     def total(
         self, batch: Any, capture: AbstractContextManager[Any] | None = None
@@ -86,8 +80,10 @@ class Curves:
         if self.kind == "hessian":
             return *self.losses.total(batch, capture), [], []
         cut = Cut()
+        before = self._c.sequence_number()
         with cut.of(self.losses.model):
             total, weight = self.losses.total(batch, capture)
+        self._c.drop_hooks(cut.outputs, before)
         self._check(cut, total)
         return total, weight, cut.outputs, cut.leaves
 
@@ -111,3 +107,11 @@ class Curves:
         if self.kind == "hessian":
             return self._c.gradient(total, params), total.detach(), weight
         return self._c.gauss_newton(total, outputs, leaves, params), total.detach(), weight
+
+    def bytes(self, batch: Any, graph: Any) -> int:
+        """What the graph of a batch keeps in memory; batches of the same shapes have graphs of the same size."""
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors(batch))
+        if not shapes or shapes not in self._sizes:
+            data = self.losses.data if is_pair(self.losses.data) else ()
+            self._sizes[shapes] = graph_bytes(graph.held(), [*self.losses.parameters, *data])
+        return self._sizes[shapes]

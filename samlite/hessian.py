@@ -18,14 +18,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
+from samlite.batches import is_pair
 from samlite.curvature import Curves, Kind
-from samlite.losses import PROBE, Data, Loss, Losses, full_precision, is_pair
+from samlite.losses import PROBE, Data, End, Loss, Losses
+from samlite.memory import free_bytes, parse_bytes
 from samlite.moments import Moments, OfMoments, Samples, Unit
 from samlite.operator import Operator, Progress, check_steady, compiled, require
 from samlite.ranks import Ranks
 from samlite.sharpness import Block, Sharpness, blocks, sharpness
 from samlite.stability import Stability, stability
+from samlite.untouched import check_real
 
 
 class Hessian(Operator):
@@ -63,21 +68,28 @@ class Hessian(Operator):
         mode: Literal["eval", "train"] = "eval",
         process_group: Any = None,
     ) -> None:
+        check_real()
         if not isinstance(model, nn.Module):
             raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         require(mode in ("eval", "train"), f"mode must be 'eval' or 'train', got {mode!r}")
         require(curvature in ("hessian", "ggn"), f"curvature must be 'hessian' or 'ggn', got {curvature!r}")
-        model = getattr(model, "_orig_mod", model)  # compiled graphs have no second derivative
-        self.names, self.params = _selected(model, params)
+        model = _bare(model)
+        self.names, self.params = _selected(model, loss_fn, params)
         self.mode: Literal["eval", "train"] = mode
         self.curvature: Kind = curvature
-        self.memory = _free_memory(self.params[0].device) // 2 if memory is None else _bytes(memory)
+        self.memory = free_bytes(self.params[0].device) // 2 if memory is None else parse_bytes(memory)
         self._ranks = Ranks(process_group, self.params[0].device) if process_group is not None else None
         if self._ranks:
             self.memory = int(self._ranks.least(self.memory))  # sizes that follow from it must agree
         self._loss_fn, self._data = loss_fn, data
         self._losses = Losses(model, loss_fn, data, self.params, mode)
-        self._losses.probe(PROBE)
+        with self._losses.neutral():
+            self._losses.probe(PROBE)
+        if self._ranks and self._ranks.least(-float(self._losses.coupled)) < 0:
+            raise ValueError(
+                "a loss whose samples depend on each other needs data in batches to be shared by processes, got a pair "
+                "of tensors; pass batches"
+            )
         self._operator: Any = None
         self._state: list[tuple[Any, ...]] = []
         self._moments: dict[str, tuple[list[tuple[Any, ...]], Samples]] = {}
@@ -185,20 +197,19 @@ class Hessian(Operator):
 
     def gradient(self) -> Tensor:
         """The gradient of the mean loss: (p,)."""
-        sums = torch.zeros(self.shape[0]).to(self.params[0])
-        weights = 0.0
         with self._products():  # which also cuts the data into chunks that fit
+            sums, weights = torch.cat([torch.zeros_like(p).reshape(-1) for p in self.params]), 0.0
             self._losses.rewind(0)
-            while (batch := self._losses.next_batch()) is not None:
+            while (batch := self._losses.next_batch()) is not End:
                 total, weight = self._losses.total(batch)
                 weights += weight
                 if total.requires_grad:
                     parts = torch.autograd.grad(total, self.params, allow_unused=True, materialize_grads=True)
                     sums += torch.cat([part.reshape(-1) for part in parts])
-        if self._ranks:
-            self._ranks.sum(sums)
-            weights = self._ranks.total(weights)
-        return sums / weights
+            if self._ranks:
+                self._ranks.sum(sums)
+                weights = self._ranks.total(weights)
+            return sums / weights
 
     def moment_operator(self, order: int, unit: Unit = "sample") -> MomentOperator:
         """M_order - H^order, with the interface of this one."""
@@ -216,13 +227,15 @@ class Hessian(Operator):
             unit == "sample" or not is_pair(self._data),
             "unit='batch' needs data in batches, got a pair of tensors; pass list(zip(x.split(128), y.split(128)))",
         )
-        state = _fingerprint(self._losses.model)
+        with self._losses.neutral():
+            return self._samples_now(unit)
+
+    def _samples_now(self, unit: Unit) -> Samples:
+        state = self._losses.state()
         known, samples = self._moments.get(unit, (None, None))
         if samples is None or known != state:
             self._moments.pop(unit, None)
-            losses = Losses(self._losses.model, self._loss_fn, self._data, self.params, self.mode)
-            with full_precision():
-                samples = Samples(compiled(), losses, self.memory, unit, self.curvature, self._sum)
+            samples = Samples(compiled(), self._losses.again(), self.memory, unit, self.curvature, self._sum)
             self._moments[unit] = state, samples
         return samples
 
@@ -233,7 +246,7 @@ class Hessian(Operator):
     def _products(self) -> Iterator[Any]:
         """The compiled operator, exact and checked: what goes wrong in a product is raised with its reason."""
         try:
-            with full_precision():
+            with self._losses.neutral():
                 operator = self._current()
                 yield operator
         except RuntimeError as error:
@@ -242,18 +255,21 @@ class Hessian(Operator):
 
     def _current(self) -> Any:
         """The operator at the model's present weights: graphs of earlier weights are let go."""
-        state = _fingerprint(self._losses.model)
+        state = self._losses.state()
         if self._operator is None or state != self._state:
             self._operator, losses = None, self._losses
             curves = Curves(compiled(), losses, self.curvature)
 
-            def graph() -> tuple[Any, Tensor, float] | None:
+            def graph() -> tuple[Any, Tensor, float, int] | None:
                 batch = losses.next_batch()
-                return None if batch is None else curves.whole(batch)
+                if batch is End:
+                    return None
+                curvature, total, weight = curves.whole(batch)
+                return curvature, total, weight, curves.bytes(batch, curvature)
 
             operator = compiled().Hessian(self.params, losses.rewind, graph, self.memory, self._sum)
-            if losses.chunk and self.mode == "eval":  # as many rows a chunk as have a graph within the memory
-                losses.fit(operator.measure, self.memory)
+            if losses.divisible:  # as many rows a chunk as have a graph within the memory
+                losses.fit(lambda batch: curves.bytes(batch, curves.whole(batch)[0]), self.memory)
             self._operator, self._state = operator, state
         return self._operator
 
@@ -290,11 +306,43 @@ class MomentOperator(OfMoments):
         return compiled().Centred(moments, self.order)
 
 
+def _bare(model: nn.Module) -> nn.Module:
+    """The module inside wrappers that compile it or train it on several devices."""
+    while True:
+        if isinstance(model, DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner  # of torch.compile
+        else:
+            return model
+
+
+def _check_values(name: str, p: Tensor) -> None:
+    """Raise ValueError unless a parameter is a plain tensor with values."""
+    rule = f"parameters must be plain tensors with values, got {name}"
+    require(not is_lazy(p), f"{rule} not initialised yet; run the model once")
+    require(p.device.type != "meta", f"{rule} on the meta device; load the weights first")
+    require(
+        not p.is_inference(), f"{rule} made in inference mode, which autograd cannot use; copy the model outside it"
+    )
+    kind = type(p.data).__name__
+    require(kind != "FakeTensor", f"{rule} as a FakeTensor; measure the real model")
+    require(
+        kind != "DTensor" and not hasattr(p, "_is_flat_param") and kind != "FlatParameter",
+        f"{rule} in shards (FSDP or tensor parallel); load the full state_dict into a model that is not wrapped",
+    )
+
+
 def _selected(
-    model: nn.Module, params: str | Iterable[str] | Iterable[nn.Parameter] | None
+    model: nn.Module, loss_fn: Any, params: str | Iterable[str] | Iterable[nn.Parameter] | None
 ) -> tuple[list[str], list[nn.Parameter]]:
-    """Names and parameters to measure, each tied one once."""
+    """Names and parameters to measure, each tied one once. Those of a loss module are named criterion.NAME."""
     named = dict(model.named_parameters(remove_duplicate=False))
+    for name, p in named.items():
+        _check_values(name, p)
+    if params is not None and isinstance(loss_fn, nn.Module):
+        own = {id(p) for p in named.values()}
+        named |= {f"criterion.{name}": p for name, p in loss_fn.named_parameters() if id(p) not in own}
     if params is None:
         chosen = {name: p for name, p in named.items() if p.requires_grad}
         require(bool(chosen), "model must have parameters that require a gradient, got none")
@@ -334,31 +382,3 @@ def _selected(
     broken = [name for name, p in zip(names, parameters, strict=True) if not p.isfinite().all()]
     require(not broken, f"the weights must be finite, got nan or inf in {', '.join(broken)}")
     return names, parameters
-
-
-def _fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Changes when the weights or buffers do: version and place, and a norm for changes through `.data`."""
-    tensors = [*model.parameters(), *model.buffers()]
-    norms = torch._foreach_norm([t.detach() for t in tensors if t.is_floating_point()])
-    values = torch.stack([n.double() for n in norms]).tolist() if norms else []
-    return [*((t._version, t.data_ptr()) for t in tensors), *((v,) for v in values)]
-
-
-def _bytes(memory: int | str) -> int:
-    units = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", str(memory).upper())
-    require(match is not None, f"memory must be bytes or a size such as '2GB', got {memory!r}")
-    assert match is not None
-    unit = match[2] if match[2] in units else match[2] + "B"
-    return int(float(match[1]) * units[unit])
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 4 * 2**30  # no portable way to ask; a modest guess, which `memory` overrides

@@ -8,23 +8,33 @@ model, a loss and data into that function, batch by batch; `samlite._C` differen
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from copy import deepcopy
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy, deepcopy
+from itertools import chain, islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
+
+from samlite.batches import InputError, described, is_pair, mapped, placed, rows, samples, tensors
+from samlite.capture import UncoveredError
+from samlite.operator import compiled
+from samlite.untouched import Draws, modules_in, neutral, untouched
 
 PROBE = 64  # rows that are evaluated to check the function and to size its graph
 _CHUNK = 1024  # rows of a pair of tensors that are differentiated together, where their graph fits
-_GRAPH = 2**28  # bytes of the graph of such a chunk: what is freed of a larger one goes back to the system each time
+_GRAPH = 2**28  # bytes of the graph of such a chunk: larger graphs are returned to the system on every free
+_DRIFT = 1e-4  # relative change of a loss that is more than rounding in float32
 
 Loss = Callable[[nn.Module, Any], Any] | nn.Module
 Data = tuple[Tensor, Tensor] | Iterable[Any]
+
+
+class End:
+    """Stands behind the last batch: a data set may hold None."""
 
 
 class Losses:
@@ -38,18 +48,48 @@ class Losses:
 
     def __init__(self, model: nn.Module, loss_fn: Loss, data: Data, parameters: list[nn.Parameter], mode: str) -> None:
         self.model, self.data, self.parameters, self.mode = model, checked_data(data), parameters, mode
-        self._loss_fn, self.loss = loss_fn, _as_function(loss_fn, like=parameters[0])
-        # Batch norm in train mode couples the rows of a batch, so there a pair of tensors stays whole.
+        self._loss_fn, self.loss = loss_fn, _as_function(loss_fn, model, like=parameters[0])
+        self.held = modules_in(self.loss)
+        self.coupled = False  # the samples of a pair depend on each other, so that it stays one batch
+        self._writes = False  # the loss writes into its batch
+        self._first: float | None = None  # the loss of the first batch
         self.cut(len(self.data[0]) if is_pair(self.data) else 0)
         self._stream: Iterator[Any] = iter(())
-        self._index = 0
+        self._index = self._passes = 0
+        self._draws: Draws | None = None
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the rows of a pair may be cut as memory asks: batch norm in train mode couples them, too."""
+        return is_pair(self.data) and self.mode == "eval" and not self.coupled
+
+    def again(self) -> "Losses":
+        """The same losses with a cut and a stream of their own."""
+        twin = copy(self)
+        twin.cut(len(self.data[0]) if is_pair(self.data) else 0)
+        return twin
 
     def doubled(self) -> "Losses":
         """The same losses of a copy of the model in float64."""
         twins: dict[int, Any] = {}
         model = deepcopy(self.model, twins).double()
+        loss_fn = deepcopy(self._loss_fn, twins) if isinstance(self._loss_fn, nn.Module) else self._loss_fn
         # `double` replaces the values of parameters, not the parameters
-        return Losses(model, self._loss_fn, self.data, [twins[id(p)] for p in self.parameters], self.mode)
+        return Losses(model, loss_fn, self.data, [twins[id(p)] for p in self.parameters], self.mode)
+
+    def neutral(self) -> AbstractContextManager[None]:
+        """The conditions in which losses are evaluated and differentiated."""
+        return neutral(self.parameters)
+
+    def state(self) -> list[tuple[Any, ...]]:
+        """Changes when weights or buffers do: version and place, and a norm for changes through `.data`."""
+        everything = {id(t): t for m in (self.model, *self.held) for t in chain(m.parameters(), m.buffers())}
+        tracked = [t for t in everything.values() if not t.is_inference()]
+        norms = torch._foreach_norm([t.detach() for t in tracked if t.is_floating_point()])
+        values = torch.stack([n.double().to(norms[0].device) for n in norms]).tolist() if norms else []
+        return [*((t._version, t.data_ptr()) for t in tracked), *((v,) for v in values)]
+
+    # --- The stream
 
     def cut(self, rows: int, single: bool = False) -> None:
         """Cut a pair of tensors into chunks of so many rows; `single` gives every sample as a batch of its own."""
@@ -57,170 +97,257 @@ class Losses:
         self._single = single
         self._weights: list[float] = []  # of the batches evaluated so far
 
-    def fit(self, measure: Callable[[], int], memory: int) -> None:
-        """Cut a pair of tensors into as many rows a chunk as fit into the memory; `measure` gives a chunk's bytes."""
+    def fit(self, measure: Callable[[Any], int], memory: int) -> None:
+        """Cut a pair of tensors into as many rows a chunk as fit into the memory; `measure` gives a batch's bytes."""
         size = len(self.data[0])
         self.cut(min(size, PROBE))
-        bytes_a_row = measure() / self.chunk
+        self.rewind(0)
+        bytes_a_row = measure(self.next_batch()) / self.chunk
         self.cut(max(1, min(size, _CHUNK, int(min(memory, _GRAPH) / max(bytes_a_row, 1)))))
 
     def forget(self) -> None:
         """Let `total` take a batch that is not of the stream."""
-        self._weights, self._index = [], 0
+        self._weights, self._index = [], -1
 
     def rewind(self, batch: int) -> None:
         """Go to a batch: `next_batch` gives it."""
+        self._passes += 1
+        # What draws at random draws otherwise in every pass, so that it shows, and leaves no trace.
+        drawing = not is_pair(self.data) and not isinstance(self.data, list | tuple)
+        self._draws = Draws(self._passes) if drawing else None
         self._stream = islice(self._batches(), batch, None)
         self._index = batch
 
     def next_batch(self) -> Any:
-        """The batch, or None behind the last; `total` must follow."""
-        return next(self._stream, None)
+        """The batch, or `End` behind the last; `total` must follow."""
+        try:
+            with self._draws.used() if self._draws else nullcontext():
+                return next(self._stream, End)
+        except Exception as error:  # of whatever the data are
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"data must give all batches, got {_reason(error)} at batch {self._index}") from error
 
     def total(self, batch: Any, capture: AbstractContextManager[Any] | None = None) -> tuple[Tensor, float]:
-        """(Sum of the batch's losses, its number or weight of samples); with `capture` the weights are constants."""
-        with torch.enable_grad():
-            value, weight = self._evaluate(batch, capture=capture)
-            if self._index == len(self._weights):  # reading it waits for the device: in the first pass only
-                self._weights.append(_checked_weight(weight, self._index))
-            known = self._weights[self._index]
-            # The mean over nothing is nan; with weight 0 it has no say.
-            total = value * known if known > 0 else value.nan_to_num() * 0
-        self._index += 1
-        return total, known
-
-    def probe(self, rows: int) -> None:
-        """Evaluate the first batch twice (of a pair of tensors: its first rows), so that bad input shows at once.
+        """(Sum of the batch's losses, its number or weight of samples); with `capture` the weights are constants.
 
         Raises:
-            ValueError: the loss is not a finite scalar, or it is not the same function in the second pass.
+            ValueError: the loss cannot be computed on the batch, or the first one is not what it was.
         """
-        batch: Any
-        if is_pair(self.data):
-            batch = (self.data[0][:rows], self.data[1][:rows])
-        else:
-            batch = next(iter(self._batches()), None)
-            if batch is None:
-                raise ValueError("data must hold at least one batch, got none")
-        try:
-            with torch.no_grad(), warnings.catch_warnings():
-                # torch only warns where a loss broadcasts targets against outputs of another shape
-                warnings.filterwarnings("error", "Using a target size")
-                (value, weight), (again, _) = (self._evaluate(batch, seed) for seed in range(2))
-                first, second = float(value), float(again)
-        except (ValueError, NotImplementedError):
-            raise
-        except Exception as error:  # of the model, the loss or the data, whatever they are
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"the loss must be computable on the first batch, got {type(error).__name__}: {reason}"
-            ) from error
-        if _checked_weight(weight, 0) == 0:
+        before = compiled().sequence_number()
+        with torch.enable_grad():
+            value, weight = self._evaluate(batch, [] if capture else self.parameters, capture=capture)
+            index = max(self._index, 0)
+            if index == len(self._weights):  # reading it waits for the device: in the first pass only
+                self._weights.append(_checked_weight(weight, index))
+                if self._index == 0:
+                    self._check_first(value)
+            known = self._weights[index]
+            # The mean over an empty batch is NaN; with weight 0 it must not contribute.
+            total = value * known if known > 0 else value.nan_to_num() * 0
+        self._index += 1
+        compiled().drop_hooks([total], before)
+        return total, known
+
+    def _check_first(self, value: Tensor) -> None:
+        if self._first is None or is_pair(self.data) or self._single:
             return
-        if not math.isfinite(first):
-            raise ValueError(f"the loss must be finite, got {first} on the first batch; check weights and data")
-        if abs(first - second) > 1e-4 * max(abs(first), 1e-12):
-            raise ValueError(
-                f"loss_fn must be the same function at every call, got {first:.6g}, then {second:.6g} on the first "
-                "batch; switch off dropout, sampling and augmentation (mode='eval' is the default)"
+        now = float(value.detach())
+        if abs(now - self._first) > _DRIFT * max(abs(now), abs(self._first)):
+            raise InputError(
+                f"data must give the same batches and losses at every pass, got {self._first:.6g}, then {now:.6g} on "
+                "the first batch; switch off shuffling, sampling and augmentation"
             )
 
     def _batches(self) -> Iterator[Any]:
-        batches: Iterator[Any] = iter(self.data)
+        batches: Iterable[Any] = self.data
         if is_pair(self.data):
             inputs, targets = self.data
             batches = zip(inputs.split(self.chunk), targets.split(self.chunk), strict=True)
         if self._single:
             return (rows(batch, slice(i, i + 1)) for batch in batches for i in range(samples(batch)))
-        return batches
+        return (batch for batch in batches)  # which starts on the data when the first one is asked for
 
     def _evaluate(
-        self, batch: Any, seed: int = 0, capture: AbstractContextManager[Any] | None = None
+        self,
+        batch: Any,
+        parameters: Iterable[Tensor],
+        seed: int = 0,
+        capture: AbstractContextManager[Any] | None = None,
     ) -> tuple[Tensor, Any]:
-        device = self.parameters[0].device
-        batch = _placed(batch, self.parameters[0])
-        with untouched(self.model, [] if capture else self.parameters, self.mode, device), capture or nullcontext():
-            _seed(device, seed)
-            result = self.loss(self.model, batch)
-        value, weight = result if isinstance(result, tuple) else (result, samples(batch))
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
-            raise ValueError(
-                f"loss_fn must return the mean loss over the batch as a scalar tensor, got {_described(value)} "
-                f"on batch {self._index}"
-            )
-        return value.reshape(()), weight
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """No TF32: it makes products of the Hessian inexact and asymmetric. Restored afterwards."""
-    precision = torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = convolutions
-
-
-@contextmanager
-def untouched(model: nn.Module, parameters: list[nn.Parameter], mode: str, device: torch.device) -> Iterator[None]:
-    """Forward passes inside can be differentiated twice by `parameters` and leave no trace on the model.
-
-    Modes, buffers, `requires_grad` and the random state are put back, on errors too.
-    """
-    wanted = {id(p) for p in parameters}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
-    modes = [(module, module.training) for module in model.modules()]
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused attention has no second derivative
-        if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # nor have cuDNN's recurrent layers
-        stack.enter_context(_copied_buffers(model))
+        where = f"batch {self._index}" if self._index > 0 else "the first batch"
         try:
-            model.train(mode == "train")
-            for p in others:
-                p.requires_grad_(False)
-            yield
+            batch = placed(batch, self.parameters[0])
+            if self._writes:
+                batch = _cloned(batch)
+            with untouched(self.model, self.held, parameters, self.mode, seed), capture or nullcontext():
+                result = self.loss(self.model, batch)
+        except (InputError, UncoveredError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of the model, the loss or the data, whatever they are
+            raise InputError(f"the loss must be computable on {where}, got {_reason(error)}") from error
+        value, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+            raise InputError(
+                f"loss_fn must return the mean loss over the batch as a scalar tensor, got {described(value)} "
+                f"on {where}"
+            )
+        return value.reshape(()), samples(batch) if weight is None else weight
+
+    # --- Checks before anything is measured
+
+    def probe(self, size: int) -> None:
+        """Evaluate the first batch twice (of a pair of tensors: its first rows), so that bad input shows at once.
+
+        Raises:
+            ValueError: the loss is not a finite scalar with a gradient, or not the same function in the second pass, or
+                it writes into the weights.
+        """
+        self.rewind(0)
+        batch: Any = (self.data[0][:size], self.data[1][:size]) if is_pair(self.data) else self.next_batch()
+        if batch is End:
+            raise InputError("data must hold at least one batch, got none")
+        self._check_projections(_cloned(batch))
+        kept = [(p, p.detach().clone()) for p in self.parameters]
+        own = _cloned(batch)
+        try:
+            with torch.enable_grad(), warnings.catch_warnings():
+                # torch only warns where a loss broadcasts targets against outputs of another shape
+                warnings.filterwarnings("error", "Using a target size")
+                with _calls(self.model) as called:
+                    value, weight = self._evaluate(own, self.model.parameters())
+                self._writes = any(tensor._version > 0 for tensor in tensors(own))
+                second = float(self._evaluate(batch, self.parameters, seed=1)[0].detach())
         finally:
-            for p in others:
-                p.requires_grad_(True)
-            for module, training in modes:
-                module.training = training
+            changed = [p for p, values in kept if not _equal(p, values)]
+            for p, values in kept:
+                if any(p is each for each in changed):
+                    with torch.no_grad():
+                        p.copy_(values)
+        if changed:
+            raise InputError("the forward pass must leave the parameters as they are, got one that writes into them")
+        first = float(value.detach())
+        if _checked_weight(weight, 0) == 0:
+            return
+        if not math.isfinite(first):
+            raise InputError(f"the loss must be finite, got {first} on the first batch; check weights and data")
+        if abs(first - second) > _DRIFT * max(abs(first), abs(second)):
+            raise InputError(
+                f"loss_fn must be the same function at every call, got {first:.6g}, then {second:.6g} on the first "
+                "batch; switch off dropout, sampling and augmentation (mode='eval' is the default)"
+            )
+        if called and not value.requires_grad:
+            raise InputError(
+                "the loss must depend on the parameters by operations that autograd follows, got one without a graph; "
+                "leave no_grad, inference_mode, detach() and item() out of model and loss"
+            )
+        self._first = first
+        if is_pair(self.data) and self.mode == "eval" and len(self.data[0]) > 1:
+            half = (len(batch[0]) + 1) // 2
+            self.coupled = self.couples(batch, [slice(0, half), slice(half, None)])
+        self.forget()
+
+    def couples(self, batch: Any, parts: Sequence[slice]) -> bool:
+        """Whether samples depend on each other: the loss of a batch or its gradient is not the mean of its parts'."""
+        try:
+            if not self._differ(batch, parts, _DRIFT if self.parameters[0].dtype == torch.float32 else 1e-9):
+                return False
+        except InputError:  # it takes no other number of samples
+            return True
+        except RuntimeError:  # it has no derivative, which a product will explain
+            return False
+        # Losses of fitted samples are rounding, and so are their differences: elsewhere they are not.
+        try:
+            return self._moved()._differ(batch, parts, 1e-7)
+        except (InputError, RuntimeError, TypeError):  # a model that cannot be copied, float32 in the loss, mps
+            return self._differ(batch, parts, 1e-2)
+
+    def _moved(self) -> "Losses":
+        """The same losses in float64, of weights some way from these."""
+        twin = self.doubled()
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        with torch.no_grad():
+            for p in twin.parameters:
+                noise = torch.randn(p.shape, generator=generator, dtype=p.dtype, device="cpu").to(p.device)
+                p.add_(0.1 * noise * (p.abs() + p.abs().mean() + 0.1))
+        return twin
+
+    def _differ(self, batch: Any, parts: Sequence[slice], tol: float) -> bool:
+        whole, *pieces = (self._sums(each) for each in [batch, *(rows(batch, part) for part in parts)])
+        sums = [sum(terms) for terms in zip(*pieces, strict=True)]  # of loss, weight and gradient
+        value, _, gradient = (a / max(float(whole[1]), 1e-30) for a in whole)
+        mean, _, mean_gradient = (a / max(float(sums[1]), 1e-30) for a in sums)
+        off = abs(value - mean) > tol * max(abs(value), abs(mean))
+        away = (gradient - mean_gradient).norm() > 10 * tol * torch.maximum(gradient.norm(), mean_gradient.norm())
+        return bool(off) or bool(away)
+
+    def _sums(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(Sum of losses, weight, its gradient by the parameters) of a batch beside the stream, in float64."""
+        self.forget()
+        total, weight = self.total(batch)
+        if total.requires_grad:
+            parts = torch.autograd.grad(total, self.parameters, allow_unused=True, materialize_grads=True)
+            gradient = torch.cat([part.reshape(-1).double() for part in parts])
+        else:
+            gradient = torch.zeros(1, dtype=torch.float64, device=total.device)
+        return total.detach().double(), torch.tensor(weight, dtype=torch.float64, device=total.device), gradient
+
+    def _check_projections(self, batch: Any) -> None:
+        """Refuse an embedding whose rows are too long where other layers use its weight: they would see it change."""
+        for name, module in self.model.named_modules():
+            if not isinstance(module, nn.Embedding) or module.max_norm is None:
+                continue
+            longest = float(module.weight.detach().norm(module.norm_type, dim=1).max())
+            if longest <= module.max_norm * (1 + 1e-6):
+                continue
+            uses = _OtherUses(module.weight)
+            with torch.no_grad():
+                self._evaluate(batch, [], capture=uses)
+            if uses.found:
+                raise InputError(
+                    f"rows of {name or 'the model'}.weight must not be longer than max_norm={module.max_norm} where "
+                    f"{uses.found} uses it as well, got {longest:.4g}; shorten them first (torch.renorm)"
+                )
 
 
 @contextmanager
-def _copied_buffers(model: nn.Module) -> Iterator[None]:
-    """Run on copies of the buffers: putting values back in place would invalidate graphs that saved them."""
-    copies: dict[int, Tensor] = {}
-    originals: list[tuple[nn.Module, str, Tensor]] = []
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                originals.append((module, name, buffer))
+def _calls(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """The modules of the model that are called inside."""
+    called: list[nn.Module] = []
+    handles = [m.register_forward_hook(lambda module, *_: called.append(module)) for m in model.modules()]
     try:
-        for module, name, buffer in originals:
-            module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
-        yield
+        yield called
     finally:
-        for module, name, buffer in originals:
-            module._buffers[name] = buffer
+        for handle in handles:
+            handle.remove()
 
 
-def _seed(device: torch.device, seed: int) -> None:
-    """As torch.manual_seed, which takes a millisecond where CUDA is not in use."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)
+class _OtherUses(TorchFunctionMode):
+    """Notes what else than a lookup of rows a tensor is used for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor, self.found = tensor, ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        used = any(value is self.tensor for value in (*args, *(kwargs or {}).values()))
+        if used and func is not F.embedding and isinstance(result, Tensor):
+            self.found = getattr(func, "__name__", str(func))
+        return result
 
 
-def is_pair(data: Any) -> bool:
-    """Whether data are an (inputs, targets) pair of tensors, not batches."""
-    return isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+def _cloned(batch: Any) -> Any:
+    return mapped(lambda part: part.clone() if isinstance(part, Tensor) else part, batch)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits; NaN equals itself."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def checked_data(data: Any) -> Any:
@@ -240,7 +367,7 @@ def checked_data(data: Any) -> Any:
         if len(inputs) == 0:
             raise ValueError("data must hold at least one sample, got none")
     elif isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise ValueError(f"data must be a tuple (inputs, targets) or a re-iterable of batches, got {_described(data)}")
+        raise ValueError(f"data must be a tuple (inputs, targets) or a re-iterable of batches, got {described(data)}")
     elif iter(data) is data:
         raise ValueError(
             "data must be re-iterable, as every product may pass over it, got an iterator; "
@@ -255,79 +382,18 @@ def _checked_weight(weight: Any, batch: int) -> float:
     except (TypeError, ValueError, RuntimeError):
         value = math.nan
     if not 0 <= value < math.inf:
-        raise ValueError(f"the weight of a batch must be a finite number >= 0, got {weight} on batch {batch}")
+        raise InputError(
+            f"the weight of a batch must be a finite number >= 0, got {described(weight)} on batch {batch}"
+        )
     return value
 
 
-def mapped(function: Callable[[Any], Any], batch: Any) -> Any:
-    """The batch with the function's value in place of each tensor, or of whatever else it holds."""
-    if isinstance(batch, dict):
-        return {key: mapped(function, value) for key, value in batch.items()}
-    if type(batch) in (tuple, list):
-        return type(batch)(mapped(function, value) for value in batch)
-    return function(batch)
-
-
-def tensors(value: Any) -> list[Tensor]:
-    """All tensors in dictionaries, lists and tuples within each other."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in tensors(item)]
-    return []
-
-
-def rows(batch: Any, index: slice) -> Any:
-    """Some samples of a batch."""
-    return mapped(lambda part: part[index] if isinstance(part, Tensor) and part.dim() else part, batch)
-
-
-def _placed(batch: Any, like: Tensor) -> Any:
-    """The batch on the parameters' device, its floating-point tensors in their type."""
-
-    def placed(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            return part.to(like.device, like.dtype if part.is_floating_point() else part.dtype)
-        if isinstance(part, PackedSequence):
-            there: Any = part.to(device=like.device)  # type: ignore[call-arg]
-            return there.to(dtype=like.dtype) if part.data.is_floating_point() else there
-        return part
-
-    return mapped(placed, batch)
-
-
-def _sizes(batch: Any) -> set[int]:
-    """The numbers of rows of all tensors in a batch."""
-    if isinstance(batch, Tensor):
-        return {len(batch)} if batch.dim() else set()
-    if isinstance(batch, PackedSequence):
-        return {int(batch.batch_sizes[0])}
-    if isinstance(batch, dict):
-        batch = list(batch.values())
-    if isinstance(batch, tuple | list):
-        return set().union(*map(_sizes, batch))
-    return set()
-
-
-def samples(batch: Any) -> int:
-    """How many samples a batch holds, where that is beyond doubt."""
-    sizes = _sizes(batch)
-    if len(sizes) != 1:
-        found = "tensors of " + " and ".join(map(str, sorted(sizes))) + " rows" if sizes else _described(batch)
-        raise ValueError(
-            f"loss_fn must return (mean loss, weight) where the batch does not show its number of samples, got {found}"
-        )
-    return sizes.pop()
-
-
-def _as_function(loss_fn: Any, like: Tensor) -> Callable[[nn.Module, Any], Any]:
+def _as_function(loss_fn: Any, model: nn.Module, like: Tensor) -> Callable[[nn.Module, Any], Any]:
     """A loss as ``loss(model, batch) -> mean loss or (mean loss, weight)``."""
     if isinstance(loss_fn, nn.Module):
-        return _Criterion(deepcopy(loss_fn).to(like.device, like.dtype))  # class weights beside the model
+        return _Criterion(_beside(loss_fn, model, like))
     if not callable(loss_fn):
-        raise ValueError(f"loss_fn must be a loss module or a function of (model, batch), got {_described(loss_fn)}")
+        raise ValueError(f"loss_fn must be a loss module or a function of (model, batch), got {described(loss_fn)}")
     if getattr(loss_fn, "__module__", None) == "torch.nn.functional":
         raise ValueError(
             f"loss_fn must be a loss module or a function of (model, batch), got torch.nn.functional."
@@ -342,6 +408,32 @@ def _as_function(loss_fn: Any, like: Tensor) -> Callable[[nn.Module, Any], Any]:
     return loss_fn  # type: ignore[no-any-return]
 
 
+def _beside(criterion: nn.Module, model: nn.Module, like: Tensor) -> nn.Module:
+    """A loss module whose own tensors are on the device and of the type of `like`: itself, or a copy of it.
+
+    What it shares with the model, such as the weights that it penalises, is never copied.
+    """
+    shared: dict[int, Any] = {}
+    for module in model.modules():
+        shared |= {id(part): part for part in (module, *module._parameters.values(), *module._buffers.values())}
+
+    def fits(tensor: Tensor) -> bool:
+        return tensor.device == like.device and (tensor.dtype == like.dtype or not tensor.is_floating_point())
+
+    own = [t for t in chain(criterion.parameters(), criterion.buffers()) if id(t) not in shared]
+    if all(map(fits, own)):
+        return criterion
+    known = set(shared)
+    twin = deepcopy(criterion, shared)
+    for module in twin.modules():
+        if id(module) in known:
+            continue
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and id(tensor) not in known:
+                tensor.data = tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+    return twin
+
+
 class _Criterion:
     """criterion(model(inputs), targets) with the denominator that the criterion divides by as the weight."""
 
@@ -353,8 +445,8 @@ class _Criterion:
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ValueError(
-                f"a loss module needs batches (inputs, targets), got {_described(batch)}; "
+            raise InputError(
+                f"a loss module needs batches (inputs, targets), got {described(batch)}; "
                 "pass a function of (model, batch) instead"
             )
         inputs, targets = batch
@@ -378,9 +470,3 @@ def denominator(criterion: nn.Module, targets: Tensor) -> Any:
             return valid.sum()
         return (weight.to(targets.device)[targets.where(valid, 0)] * valid).sum()
     return targets.numel()
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    return f"{type(value).__name__} {value!r}"[:80]

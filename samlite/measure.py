@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from samlite import ranks
+from samlite.batches import is_pair
 from samlite.checkpoints import check_types, load_weights, locked, write_json
 from samlite.config import usable_device
 from samlite.documents import SHARPNESS, read_sharpness
 from samlite.hessian import Hessian
-from samlite.losses import checked_data, is_pair
+from samlite.losses import checked_data
 from samlite.operator import Eigenvalues, Progress
 from samlite.sweep import measured
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from samlite.batches import Form, InputError, form, leaves, mapped, rows, samples, tensors
 from samlite.capture import Capture, Plan, UncoveredError, find_plan
 from samlite.curvature import Curves, Kind
-from samlite.losses import Losses, full_precision, is_pair, mapped, rows, samples, tensors
+from samlite.losses import End, Losses
 from samlite.operator import Operator, check_steady
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from samlite.hessian import Hessian
 
 Unit = Literal["sample", "batch"]
-Form = tuple[tuple[int, ...], ...]  # of a batch: the shapes of its tensors without the samples
 
 _PROBE_ROWS = (3, 5, 7, 2)  # samples that are looked at to find where samples are
 _AGREEMENT = {torch.float32: 5e-2, torch.float64: 1e-9}  # of a chain and plain autograd on them, relative
@@ -51,7 +51,7 @@ class OfMoments(Operator):
     @contextmanager
     def _products(self) -> Iterator[Any]:
         moments = self._hessian._samples(self.unit).operator
-        with full_precision():
+        with self._hessian._losses.neutral():
             yield self._made_of(moments)
         check_steady(moments)
 
@@ -103,6 +103,8 @@ class Samples:
             try:
                 self._plans = self._checked_plans()
             except UncoveredError as reason:
+                for _, few in self._forms():
+                    self._check_apart(few)
                 self.fallback = str(reason)
                 warnings.warn(
                     f"no per-sample rule for {reason}: every sample is measured by itself, exactly but slowly",
@@ -111,18 +113,27 @@ class Samples:
         self.operator = module.Moments(
             losses.parameters, losses.rewind, self._next, batches=unit == "batch", memory=memory, sum=sum
         )
-        if self._plans and is_pair(losses.data):
-            losses.fit(self.operator.measure, memory)
+        if self._plans and losses.divisible:
+            losses.fit(self._step_bytes, memory)
         else:  # also forgets the probes
             losses.cut(losses.chunk, single=unit == "sample" and not self._plans)
 
-    def _next(self) -> tuple[Any, Tensor, float] | None:
+    def _next(self) -> tuple[Any, Tensor, float, int] | None:
         batch = self._losses.next_batch()
-        if batch is None:
+        if batch is End:
             return None
+        powers, total, weight = self._powers(batch)
+        return powers, total, weight, self._curves.bytes(batch, powers)
+
+    def _powers(self, batch: Any) -> tuple[Any, Tensor, float]:
         if not self._plans:
             return _whole(self._c, self._curves, batch, self._unit == "batch")
-        return _chain(self._c, self._curves, batch, self._plans[_form(batch)])
+        return _chain(self._c, self._curves, batch, self._plans[form(batch)])
+
+    def _step_bytes(self, batch: Any) -> int:
+        """Memory of a batch's graph and of a step through it."""
+        powers = self._powers(batch)[0]
+        return self._curves.bytes(batch, powers) + int(powers.step_bytes())
 
     # --- The plans, and the proof that they are right
 
@@ -133,19 +144,33 @@ class Samples:
         autograd.
         """
         plans: dict[Form, Plan] = {}
-        self._losses.rewind(0)
-        while (batch := self._losses.next_batch()) is not None:
-            form = _form(batch)
-            if form in plans:
-                continue
-            few = _few(batch)
+        for kind, few in self._forms():
             base = self._seen(few)
+            self._check_apart(few)
             plan = next((plan for plan in plans.values() if plan.suits(base)), None)
             if plan is None:
                 plan = find_plan(base, [self._seen(_changed(few, j)) for j in range(base.samples)])
                 self._check(few, plan)
-            plans[form] = plan
+            plans[kind] = plan
         return plans
+
+    def _forms(self) -> Iterator[tuple[Form, Any]]:
+        """Every form of batch in the data, with a few samples of it."""
+        seen = set()
+        self._losses.rewind(0)
+        while (batch := self._losses.next_batch()) is not End:
+            if (kind := form(batch)) not in seen:
+                seen.add(kind)
+                yield kind, _few(batch)
+
+    def _check_apart(self, few: Any) -> None:
+        """Raise ValueError where samples depend on each other: there are no Hessians of single samples then."""
+        singles = [slice(i, i + 1) for i in range(samples(few))]
+        if self._losses.coupled or (len(singles) > 1 and self._losses.couples(few, singles)):
+            raise InputError(
+                "moments need samples that do not depend on each other, got a loss of a batch that is not the mean of "
+                "the losses of its samples; pass data in batches and use unit='batch'"
+            )
 
     def _seen(self, batch: Any) -> Capture:
         capture = Capture(self._losses.parameters, samples(batch))
@@ -178,7 +203,8 @@ def _chain(c: ModuleType, curves: Curves, batch: Any, plan: Plan) -> tuple[Any, 
 
 def _agree(c: ModuleType, curves: Curves, batch: Any, plan: Plan) -> bool:
     like = curves.losses.parameters[0]
-    v = torch.randn(sum(p.numel() for p in curves.losses.parameters), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    v = torch.randn(sum(p.numel() for p in curves.losses.parameters), generator=generator, device="cpu")
     v = v.to(like.device, like.dtype)
     curves.losses.forget()
     chain = _chain(c, curves, batch, plan)[0](v, 2)
@@ -187,10 +213,6 @@ def _agree(c: ModuleType, curves: Curves, batch: Any, plan: Plan) -> bool:
         curves.losses.forget()
         plain += _whole(c, curves, rows(batch, slice(i, i + 1)), False)[0](v, 2)
     return bool(((chain - plain).norm(dim=1) <= _AGREEMENT[like.dtype] * plain.norm(dim=1) + 1e-30).all())
-
-
-def _form(batch: Any) -> Form:
-    return tuple(tuple(tensor.shape[1:]) for tensor in tensors(batch))
 
 
 def _few(batch: Any) -> Any:
@@ -208,9 +230,7 @@ def _few(batch: Any) -> Any:
 
 
 def _holds_packed(batch: Any) -> bool:
-    found: list[bool] = []
-    mapped(lambda part: found.append(isinstance(part, PackedSequence)), batch)
-    return any(found)
+    return any(isinstance(part, PackedSequence) for part in leaves(batch))
 
 
 def _changed(batch: Any, j: int) -> Any:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from samlite import ranks
+from samlite.batches import rows, samples
 from samlite.config import OWN, Config
-from samlite.losses import denominator, rows, samples
+from samlite.losses import denominator
 from samlite.sam import SAM, Closure
 from samlite.tasks import Task
 from samlite.tasks.task import Batch

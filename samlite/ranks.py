@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from samlite.losses import is_pair
+from samlite.batches import is_pair
 
 T = TypeVar("T")
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from samlite.losses import full_precision
 from samlite.operator import Eigenvalues, Estimate, Progress, check_steady
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ def _ascent_of_samples(hessian: Hessian) -> tuple[float, str]:
         return math.nan, f"no ascent of single samples: {error}"
     if samples.fallback:
         return math.nan, f"the ascent of single samples has no rule for {samples.fallback}"
-    with full_precision():
+    with hessian._losses.neutral():
         value = float(samples.operator.ascent())
     check_steady(samples.operator)
     return value, "the gradient of every sample is 0" if math.isnan(value) else ""

@@ -316,7 +316,7 @@ def test_samples_that_depend_on_each_other_are_not_taken_apart():
             return self.b(h - h.mean(0))
 
     x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
-    with pytest.warns(UserWarning, match="samples are not apart"):
+    with pytest.raises(ValueError, match="samples that do not depend on each other"):
         Hessian(Mixing(), nn.CrossEntropyLoss(), (x, y)).moments(2)
 
 
