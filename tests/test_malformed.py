@@ -239,7 +239,6 @@ CALLS = {  # by command: a call that works, and the options whose values are spo
     "report": (("report", "sweep"), "figure by"),
     "tasks": (("tasks",), ""),
 }
-TOLD_ELSEWHERE = ("model ", "data ", "loss ")  # what a user's code raises in a later batch is told by samlite.losses
 WRITTEN = ("sharpness.json", "metrics.jsonl", "track.png", "density.png", "sweep.json", "f.png", "v.safetensors")
 
 
@@ -616,7 +615,7 @@ def complaints(
     lines = [line for line in err.splitlines() if " failed: " not in line]  # cells of a sweep may fail, one a line
     if status != 0 and not (len(lines) == 1 and lines[0].startswith("Error: ") and 7 < len(lines[0]) < 1100):
         yield f"said {err[-500:]!r}"
-    if "Traceback" in err or ("internal error" in err and not case.name.startswith(TOLD_ELSEWHERE)):
+    if "Traceback" in err or "internal error" in err:
         yield f"said {err[-500:]!r}"
     if status == 0 and "--json" in case.arguments:
         json.loads(out)
