@@ -8,7 +8,7 @@ it was interrupted.
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
@@ -261,12 +261,10 @@ def _restore(
         check_types(model, state["model"], path)
         model.load_state_dict(state["model"])
         options = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
-        _check_state(state["optimizer"]["state"].values())
+        _check_kept(state["optimizer"], optimizer)
         optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(optimizer.param_groups, options, strict=True):
             group.update(own)  # which the config decides
-        for parameter, kept in optimizer.state.items():
-            _check_state([kept], parameter.shape)
         if scaler:
             scaler.load_state_dict(state["scaler"])
         order.set_state(state["order"])
@@ -281,16 +279,17 @@ def _restore(
         raise ValueError(f"{path} is not a checkpoint of this run; delete it to start afresh") from error
 
 
-def _check_state(states: Iterable[Mapping[str, Any]], shape: torch.Size | None = None) -> None:
-    """Raise ValueError where what an optimizer keeps for a parameter is of another kind, or of another shape."""
-    for kept in states:
+def _check_kept(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where what was kept for a parameter is not tensors like it, or not the same for all of them."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, kept in saved["state"].items():
         for name, value in kept.items():
-            if not isinstance(value, Tensor) or not value.dim():
-                continue
-            if not value.is_floating_point():  # torch would convert it
-                raise ValueError(f"{name} must hold floating-point numbers, got {value.dtype}")
-            if shape is not None and value.shape != shape:
-                raise ValueError(f"{name} must be of shape {tuple(shape)}, got {tuple(value.shape)}")
+            shape = torch.Size() if name == "step" else parameters[number].shape
+            fits = isinstance(value, Tensor) and value.is_floating_point() and value.shape == shape
+            if not fits and value is not None:
+                raise ValueError(f"{name} must be floating-point numbers of shape {tuple(shape)}")
+    if len({frozenset(kept) for kept in saved["state"].values()}) > 1:
+        raise ValueError("the same must be kept for every parameter")
 
 
 @contextmanager

@@ -598,6 +598,9 @@ def test_labels_that_are_none_of_the_classes_are_refused(tmp_path: Path, spoil: 
         (lambda state: state["optimizer"].update(param_groups=3), "is not a checkpoint of this run"),
         (lambda state: state["optimizer"]["state"][0].update(momentum_buffer=torch.ones(3)), "is not a checkpoint"),
         (lambda state: state["optimizer"]["state"][0].update(momentum_buffer=torch.ones(8, 64) * 1j), "is not a check"),
+        (lambda state: state["optimizer"]["state"][0].update(momentum_buffer=(1, 2)), "is not a checkpoint"),
+        (lambda state: state["optimizer"]["state"][0].update(momentum_buffer=3.0), "is not a checkpoint"),
+        (lambda state: state["optimizer"]["state"][0].pop("momentum_buffer"), "is not a checkpoint"),
         (lambda state: state["model"].update({"0.bias": torch.ones(8).to(torch.complex64)}), "is not a checkpoint"),
     ],
 )
