@@ -233,6 +233,11 @@ MALFORMED = [
     ("sharpness", "net.pt --model nets:net --data nets:data --which XL", "'XL' is not one of"),
     ("sharpness", "net.pt --model nets:net --data nets:data --params conv", "params must match parameter names"),
     ("sharpness", "net.pt --model nets:net --data nets:data --memory much", "memory must be bytes or a size"),
+    (
+        "sharpness",
+        f"net.pt --model nets:net --data nets:data --memory {'9' * 400}GB --top 84",
+        "k must be between 1 and the dimension 83",
+    ),
     ("sharpness", "net.pt --model nets:net --data nets:data --device cuda:77", "device must be usable here"),
     ("sharpness", "net.pt --model nets:net --data nets:data --dtype int8", "'int8' is not one of"),
     ("sharpness", "net.pt --model nets:tied --data nets:data", "must fit the model of --model"),
