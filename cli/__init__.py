@@ -1,64 +1,73 @@
 """The terminal: one command a file, each importing what is heavy only when it runs."""
 
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
-import click
+INTERRUPTED = "Error: interrupted; repeat the command to continue\n"
+PATIENCE = 4.0  # seconds after Ctrl-C in which the program must have ended
 
-from samlite import __version__
-from samlite.cli.report import report
-from samlite.cli.sharpness import sharpness
-from samlite.cli.sweep import sweep
-from samlite.cli.tasks import tasks
-from samlite.cli.train import train
+try:
+    from samlite.cli.commands import cli, run
+except KeyboardInterrupt:
+    sys.stderr.write(INTERRUPTED)
+    sys.exit(130)
 
-
-@click.group(invoke_without_command=True)
-@click.version_option(__version__, prog_name="samlite")
-@click.pass_context
-def cli(context: click.Context) -> None:
-    """Train networks with sharpness-aware minimization (SAM) at many widths, measure the sharpness of
-    the minima they reach, and compare.
-
-    \b
-    Examples:
-      samlite train --width 64 --optimizer sam     one run, on scikit-learn's digits
-      samlite sharpness runs/digits-sgd-w64-s0     the largest Hessian eigenvalue at its minimum
-      samlite sweep digits --widths 8,32,128       SGD and SAM at three widths, with a report
-
-    The same command on the same folder continues unfinished work. Results go to standard output,
-    progress to standard error. Exit status: 0 done, 1 failed or not converged, 2 bad usage.
-
-    \b
-    Completion of commands and options in your shell (zsh and fish likewise):
-      eval "$(_SAMLITE_COMPLETE=bash_source samlite)"
-    """
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help())
-
-
-for command in (tasks, train, sharpness, sweep, report):
-    cli.add_command(command)
+__all__ = ["cli", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit; whatever goes wrong becomes one line here."""
+    """Run the command line and exit; whatever goes wrong becomes one line."""
     try:
-        status = cli.main(arguments, prog_name="samlite", standalone_mode=False)
-    except click.Abort:
-        _fail("interrupted; repeat the command to continue", 130)
-    except click.UsageError as error:
-        help_command = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        _fail(error.format_message() + help_command, 2)
-    except (click.ClickException, ValueError) as error:
-        _fail(error, 2)
-    except OSError as error:
-        _fail(f"{error.strerror}: {error.filename}" if error.strerror and error.filename else error, 1)
-    except (ImportError, MemoryError, RuntimeError) as error:
-        _fail(error, 1)
-    sys.exit(status or 0)
+        with _ended_by_ctrl_c():
+            run(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write(INTERRUPTED)
+        sys.exit(130)
 
 
-def _fail(problem: object, status: int) -> None:
-    click.echo(f"Error: {' '.join(str(problem).split()) or type(problem).__name__}", err=True)
-    sys.exit(status)
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Raise KeyboardInterrupt at Ctrl-C, once more where a library swallows it, and end the process if nothing helps.
+
+    Imports are finished first: the C++ part of torch swallows what is raised meanwhile, or aborts.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in background jobs
+        yield
+        return
+
+    pressed: list[float] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        pressed.append(time.monotonic())
+        if pressed[-1] - pressed[0] >= PATIENCE:
+            sys.stderr.write(INTERRUPTED)
+            sys.stderr.flush()
+            os._exit(130)
+        importing = _is_importing(frame)
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.05 if importing else PATIENCE / 2)
+        if not importing:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if pressed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from samlite.files import regular
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -234,9 +236,12 @@ def read_recipe(path: Path | None) -> dict[str, Any]:
         return {}
     from samlite.config import check_recipe
 
+    regular(path)
     try:
-        recipe: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        recipe: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         check_recipe(recipe)
+    except RecursionError:
+        raise ValueError(f"{path}: it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return recipe

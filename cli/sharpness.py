@@ -10,10 +10,13 @@ from rich.text import Text
 
 from samlite.cli.console import print_json, progress, stdout, table
 from samlite.cli.options import existing, json_option
+from samlite.files import replaceable
 
 if TYPE_CHECKING:
     from samlite.hessian import Hessian
     from samlite.measure import Subject
+
+FIGURE = "density.png"  # in a run's folder
 
 
 @click.command(short_help="Measure Hessian eigenvalues at a minimum.")
@@ -120,7 +123,7 @@ def sharpness(
     The measurement of a run is kept in its sharpness.json where --tol is 1e-3 or less.
     """
     _check_options(source, samples, lr, rho, figure, wanted, {"--model": model, "--data": data, "--loss": loss})
-    _check_files(figure, save_vectors)
+    _check_files(source, figure, save_vectors)
     from samlite import ranks
 
     click.get_current_context().with_resource(ranks.joined())
@@ -150,7 +153,7 @@ def sharpness(
 
     if ranks.rank() > 0:  # the first process speaks for all
         return
-    from samlite.measure import as_record, document
+    from samlite.measure import as_record, document, keep
 
     record = as_record(subject, found, which, measured_parameters=hessian.shape[0], **settings)
     record |= {name: document(value) for name, value in more.items()}
@@ -158,7 +161,7 @@ def sharpness(
         record["moments"]["dtype"] = dtype
     whole = which == "LA" and params is None and samples is None and mode == "eval"
     if source.is_dir() and whole and tol <= 1e-3:
-        _keep(source / "sharpness.json", record)
+        keep(source, record)
     if save_vectors is not None:
         _save(save_vectors, found)
     drawn = _draw(source, figure, more.get("density"))
@@ -200,11 +203,18 @@ def _check_options(
         )
 
 
-def _check_files(figure: Path | None, vectors: Path | None) -> None:
+def _check_files(source: Path, figure: Path | None, vectors: Path | None) -> None:
     """Before the work, not after it."""
+    from samlite.documents import read_sharpness
+
+    if source.is_dir():
+        read_sharpness(source)
+        replaceable(source / FIGURE)
     for name, path in (("--figure", figure), ("--save-vectors", vectors)):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{name} must be in a folder that exists, got {path}; make {path.parent}")
+        if path is not None:
+            replaceable(path)
     if figure is not None and figure.suffix not in (".png", ".pdf", ".svg", ".jpg"):
         raise ValueError(f"--figure must end in .png, .pdf, .svg or .jpg, got {figure}")
 
@@ -234,35 +244,15 @@ def _measurements(
     yield "blocks", lambda: hessian.blocks(progress=show)
 
 
-def _keep(path: Path, record: dict[str, Any]) -> None:
-    """Beside what was measured earlier at the same minimum, as the weights of a finished run do not change.
-
-    What did not converge replaces nothing that did. The Gauss-Newton matrix has a place of its own.
-    """
-    from samlite.checkpoints import read_json, write_json
-
-    document = read_json(path) if path.exists() else {}
-    kept = document.setdefault("ggn", {}) if record["curvature"] == "ggn" else document
-    for name, value in record.items():
-        if isinstance(value, dict) and value.get("converged") is False and kept.get(name, {}).get("converged"):
-            continue
-        kept[name] = value
-    write_json(path, document)
-
-
 def _save(path: Path, found: Any) -> None:
-    from safetensors.torch import save
+    from samlite.checkpoints import save_tensors
 
-    from samlite.checkpoints import replacing
-
-    tensors = {"values": found.values, "vectors": found.vectors.contiguous().cpu()}
-    with replacing(path) as beside:
-        beside.write_bytes(save(tensors))
+    save_tensors(path, {"values": found.values, "vectors": found.vectors.contiguous().cpu()})
 
 
 def _draw(source: Path, figure: Path | None, density: Any) -> Path | None:
     """The figure of the density, unless there is no place for it or no matplotlib."""
-    path = figure or (source / "density.png" if source.is_dir() else None)
+    path = figure or (source / FIGURE if source.is_dir() else None)
     if density is None or path is None:
         return None
     from samlite import figures

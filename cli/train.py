@@ -1,8 +1,9 @@
 """`samlite train`."""
 
-import json
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,11 @@ from samlite.cli.options import (
 if TYPE_CHECKING:
     from samlite.config import Config
     from samlite.training import EpochRecord
+
+SHOWN = (  # of a result
+    *("metric", "final.test_metric", "final.train_loss", "final.train_metric", "best.test_metric", "best.epoch"),
+    *("interpolates", "parameters", "gradient_evaluations", "seconds"),
+)
 
 
 @click.command(short_help="Train one network.")
@@ -79,10 +85,11 @@ def train(
     """
     if stop_with_stdin:
         threading.Thread(target=_stop_with_stdin, daemon=True).start()
+    from samlite.checkpoints import parse_json
     from samlite.config import Config
 
     recipe = read_recipe(config)
-    settings = Config.from_json(json.loads(cell), "--cell") if cell else Config.of(task, recipe, **choices)
+    settings = Config.from_json(parse_json(cell), "--cell") if cell else Config.of(task, recipe, **choices)
     folder = out or Path("runs") / f"{task}-{settings.name}"
     from samlite import ranks
 
@@ -130,11 +137,12 @@ def _sharpness(record: "EpochRecord") -> str:
 def _draw(settings: "Config", folder: Path) -> None:
     """The figure of a finished run with tracked eigenvalues, unless it is there; without matplotlib, how to get it."""
     from samlite import figures
+    from samlite.documents import read_records
 
     path = folder / "track.png"
     if path.exists():
         return
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = read_records(folder, "epoch", "lr", "eigenvalues")
     try:
         figures.track(records, path, f"{settings.task}, {settings.name}: sharpness along training")
     except ImportError as error:
@@ -163,10 +171,10 @@ def _measure(settings: "Config", folder: Path, measure: tuple[str, ...], bar: Pr
 
 def _found(folder: Path) -> dict[str, Any]:
     """What a finished run's folder holds: its result, and its sharpness if measured."""
-    from samlite.checkpoints import read_json
+    from samlite.documents import read_result, read_sharpness
 
-    files = {name: folder / f"{name}.json" for name in ("result", "sharpness")}
-    return {name: read_json(path) for name, path in files.items() if path.exists()}
+    sharpness = read_sharpness(folder)
+    return {"result": read_result(folder, *SHOWN), **({"sharpness": sharpness} if sharpness else {})}
 
 
 def _show(settings: "Config", folder: Path, result: dict[str, Any], sharpness: Any = None) -> None:
@@ -185,20 +193,30 @@ def _show(settings: "Config", folder: Path, result: dict[str, Any], sharpness: A
     view.add_row("training", f"loss {final['train_loss']:.3g}{score}: {verdict}")
     view.add_row("parameters", f"{result['parameters']:,}")
     view.add_row("cost", f"{result['gradient_evaluations']:,} batch gradients, {result['seconds']:.1f} s")
-    if sharpness:
-        found = sharpness["eigenvalues"]
-        status = "" if found["converged"] else ", not converged"
-        view.add_row("sharpness", f"λ_max {found['values'][0]:.6g} ± {found['errors'][0]:.1g}{status}")
-        if moments := sharpness.get("moments"):
-            status = "" if moments["converged"] else ", not converged"
-            values = ", ".join(f"s_{k} {s:.4g}" for k, s in moments["nonuniformity"].items())
-            view.add_row("non-uniformity", values + status)
+    for name, row in _sharpness_rows(sharpness or {}):
+        view.add_row(name, row)
     view.add_row("folder", str(folder))
     stdout.print(view)
 
 
+def _sharpness_rows(sharpness: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The measurements of a run, those that it has."""
+    if found := sharpness.get("eigenvalues"):
+        error = found.get("errors", [None])[0]
+        spread = "" if error is None else f" ± {error:.1g}"
+        yield "sharpness", f"λ_max {found['values'][0]:.6g}{spread}{_status(found)}"
+    if found := sharpness.get("moments"):
+        orders = found.get("nonuniformity", {}).items()
+        yield "non-uniformity", ", ".join(f"s_{k} {s:.4g}" for k, s in orders if s is not None) + _status(found)
+
+
+def _status(found: dict[str, Any]) -> str:
+    return "" if found["converged"] else ", not converged"
+
+
 def _stop_with_stdin() -> None:
     """End at once when standard input closes: a sweep holds it open for as long as it lives."""
-    while os.read(0, 1024):
-        pass
+    with suppress(OSError):  # it was never open
+        while os.read(0, 1024):
+            pass
     os._exit(1)

@@ -6,10 +6,11 @@ or the new one.
 
 import fcntl
 import json
+import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save
 from torch import Tensor, nn
+
+from samlite.files import described, regular, replaceable
 
 PATIENCE = 5.0  # seconds to wait for a folder: a killed sweep's last cells need a moment to end
 
@@ -29,7 +32,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises BlockingIOError where another process holds the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(replaceable(folder / ".lock"), "a") as lock:
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -47,7 +50,7 @@ def locked(folder: Path) -> Iterator[None]:
 def claimed(path: Path) -> IO[str] | None:
     """An open file that claims this path until it is closed, or its process ends; None where another has claimed it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w")  # noqa: SIM115  (it stays open)
+    file = open(replaceable(path), "a")  # noqa: SIM115  (it stays open)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -58,12 +61,40 @@ def claimed(path: Path) -> IO[str] | None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what was written there takes the place of `path` in one step."""
+    """A path to write to; what was written there takes the place of `path` in one step.
+
+    Where that fails, `path` stays as it was and nothing is left beside it. Of several processes one writes after the
+    other. Raises ValueError unless `path` is a regular file or not there.
+    """
+    replaceable(path)
     beside = path.with_name(f".{path.name}.new")
-    yield beside
-    _sync(beside)
-    os.replace(beside, path)
+    try:
+        with _alone_at(beside):
+            try:
+                yield beside
+                _sync(beside)
+                os.replace(beside, path)
+            except BaseException:
+                beside.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        if error.errno:
+            error.filename = str(path)  # a full disk does not say which file
+        raise
     _sync(path.parent)
+
+
+@contextmanager
+def _alone_at(path: Path) -> Iterator[None]:
+    """Hold a file for this process alone, creating it; what is there of a process that was killed does not matter."""
+    while True:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.unlink()
+        with open(path, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # not renamed meanwhile
+                yield
+                return
 
 
 def _sync(path: Path) -> None:
@@ -92,13 +123,37 @@ def write_lines(path: Path, documents: Iterable[dict[str, Any]]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ValueError where the file holds anything else."""
+    regular(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        document = parse_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
         raise ValueError(f"{path} must be a JSON file, but it cannot be read ({error})") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(document).__name__}")
     return document
+
+
+def parse_json(text: str) -> Any:
+    """Parse a JSON document as the standard has it: no NaN, no infinity, no field twice. Raises ValueError."""
+    try:
+        return json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_fields)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"a number must be finite, got {text[:40]}")
+    return number
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"the field {twice!r} is there twice")
+    return fields
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -112,7 +167,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises ValueError where the file is damaged or holds anything else.
     """
-    with open(path, "rb") as file, warnings.catch_warnings():
+    with open(regular(path), "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about old pickles; what matters is an error
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -142,6 +197,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def load_model_weights(path: Path, model: nn.Module) -> None:
     """Read the weights that `save_model_weights` wrote. Raises ValueError where they do not fit."""
+    check_types(model, load_weights(path), path)
     try:
         load_model(model, path)
     except (SafetensorError, RuntimeError) as error:
@@ -155,16 +211,31 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            return load_file(regular(path))
         except SafetensorError as error:
             raise ValueError(f"{path} must be a safetensors file: {_reason(error)}") from None
     state = load_checkpoint(path)
     for key in ("state_dict", "model"):
         if isinstance(state.get(key), dict):
             state = state[key]
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} must hold named tensors, as model.state_dict() gives them")
+    others = [name for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
+    if others or not state:
+        found = f"{described(others[0])}: {described(state[others[0]])}" if others else "none"
+        raise ValueError(f"{path} must hold named tensors, as model.state_dict() gives them, got {found}")
     return state
+
+
+def check_types(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ValueError where torch would convert numbers to another kind: complex ones to their real part, say."""
+    for name, tensor in model.state_dict().items():
+        if name in weights and isinstance(tensor, Tensor) and _kind(weights[name]) != _kind(tensor):
+            raise ValueError(f"{path} must hold {name} as {_kind(tensor)} numbers, got {weights[name].dtype}")
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return "sparse or quantized"
+    return "complex" if tensor.is_complex() else "floating-point" if tensor.is_floating_point() else "whole"
 
 
 def _reason(error: Exception) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from samlite import tasks
+from samlite.files import described
 
 BASES = ("sgd", "adam", "adamw")
 FAMILY = ("sam", "friendly", "agnostic", "sampa")
@@ -32,6 +33,8 @@ CONDITIONS = (  # of training, which a recipe file may set too
     *("accumulate", "clip", "precision", "perturb", "split", "sync_batch_norm"),
 )
 PRUNERS = ("random", "snip", "magnitude")
+FLOATS = 2.0**1023  # whatever is smaller can be a float
+THREADS = 1024  # at most: a process that cannot start all of its threads is aborted
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,10 @@ class Config:
         _check_integer("epochs", self.epochs, 1)
         _check_choice("schedule", self.schedule, SCHEDULES)
         if not isinstance(self.milestones, tuple):
-            raise ValueError(f"milestones must be a list of numbers, got {self.milestones!r}")
+            raise ValueError(f"milestones must be a list of numbers, got {described(self.milestones)}")
         for milestone in self.milestones:
             _check_number("milestones", milestone, above=True, below=1)
-        _check_integer("threads", self.threads, 1)
+        _check_integer("threads", self.threads, 1, most=THREADS)
         _check_integer("seed", self.seed, 0)
         _check_device(self.device)
         _check_number("label_noise", self.label_noise, below=1)
@@ -109,7 +112,7 @@ class Config:
         _check_choice("split", self.split, SPLITS)
         for name in ("augment", "normalize", "linearize", "sync_batch_norm"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be true or false, got {described(getattr(self, name))}")
         self._check_optimizer()
         self._check_applies(task)
 
@@ -158,7 +161,7 @@ class Config:
     def _check_applies(self, task: tasks.Task) -> None:
         """What is asked for must be something that the task has."""
         if not isinstance(self.data, str | None):
-            raise ValueError(f"data must be a hub id or a path, got {self.data!r}")
+            raise ValueError(f"data must be a hub id or a path, got {described(self.data)}")
         if (self.data is None) != (task.source is None):
             needs = "not be given: the task brings its own" if task.source is None else "name a source"
             raise ValueError(f"data of task {task.name} must {needs}, got {self.data}")
@@ -210,7 +213,8 @@ class Config:
             values["adaptive"] = "none"
         if known.recipe.dropout is None:
             values["dropout"] = None
-        values["augment"] = values["augment"] and known.augments
+        if not known.augments:
+            values["augment"] = False
         if optimizer not in ("sam", "friendly"):
             values["every"] = 1
         if optimizer != "sam":
@@ -230,30 +234,34 @@ class Config:
             values["pruner"] = None
         settings = [dict(level.get("settings") or {}) for level in (recipe, chosen)]
         values["settings"] = tuple(sorted({**known.recipe.settings, **settings[0], **settings[1]}.items()))
-        if isinstance(values["milestones"], list):
-            values["milestones"] = tuple(values["milestones"])
         if values["lr"] is None:
             raise ValueError(f"lr must be given for {base}: the recipe of task {task} has none")
         if isinstance(values["data"], (str, Path)):
             path = Path(values["data"])
             if path.is_dir() or (path.suffix and path.is_file()):  # a file named like a hub id hides no data set
                 values["data"] = str(path.resolve())  # found again from anywhere
-        return cls(task=task, **_floats(values))
+        return cls(task=task, **_plain(values))
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], origin: object) -> "Config":
         """The config in a JSON object, which may hold more. Raises ValueError naming its origin."""
         try:
-            own = OWN.get(document.get("optimizer", ""), {})  # as they were before a config held them
+            if not isinstance(document, Mapping):
+                raise ValueError(f"it must be an object, got {described(document)}")
+            optimizer = document.get("optimizer")
+            own = OWN.get(optimizer, {}) if isinstance(optimizer, str) else {}  # as before a config held them
             values = {
                 **own,
                 **{f.name: document[f.name] for f in fields(cls) if f.name in document or f.default is MISSING},
             }
-            values["settings"] = tuple(sorted(values.get("settings", {}).items()))
-            return cls(**_floats({**values, "milestones": tuple(values["milestones"])}))
+            settings = values.get("settings", {})
+            if not isinstance(settings, Mapping):
+                raise ValueError(f"settings must be numbers by name, got {described(settings)}")
+            values["settings"] = tuple(sorted(settings.items()))
+            return cls(**_plain(values))
         except KeyError as error:
             raise ValueError(f"{origin} must hold the field {error}") from None
-        except (AttributeError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{origin} does not describe a run: {error}") from None
 
     def to_json(self) -> dict[str, Any]:
@@ -304,16 +312,20 @@ def check_recipe(recipe: Mapping[str, Any]) -> None:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"a recipe holds {', '.join(names)}, got {name!r}{hint}")
     if not isinstance(recipe.get("settings", {}), Mapping):
-        raise ValueError(f"settings must be numbers by name, got {recipe['settings']!r}")
+        raise ValueError(f"settings must be numbers by name, got {described(recipe['settings'])}")
 
 
-def _floats(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Whole numbers as floats where either may stand, so that 1 and 1.0 give one name."""
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole numbers as floats where either may stand, so that 1 and 1.0 give one name, and a list as a tuple."""
+    if isinstance(milestones := values["milestones"], list):
+        values = {**values, "milestones": tuple(milestones)}
     names = ("rho", "lr", "momentum", "weight_decay", "dropout", "label_noise", "sparsity", "clip", *OWN_NAMES)
-    return {
-        name: float(value) if name in names and isinstance(value, int) and not isinstance(value, bool) else value
-        for name, value in values.items()
-    }
+    return {name: float(value) if name in names and _is_whole(value) else value for name, value in values.items()}
+
+
+def _is_whole(value: object) -> bool:
+    """Whether this is an integer that a float can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < FLOATS
 
 
 def _check_settings(settings: tuple[tuple[str, float], ...], task: tasks.Task) -> None:
@@ -322,8 +334,8 @@ def _check_settings(settings: tuple[tuple[str, float], ...], task: tasks.Task) -
         if name not in known:
             hint = f", only {', '.join(known)}" if known else ""
             raise ValueError(f"settings must be of task {task.name}, which has no {name!r}{hint}")
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError(f"settings must be numbers, got {name} = {value!r}")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < FLOATS:
+            raise ValueError(f"settings must be numbers, got {name} = {described(value)}")
     if missing := [name for name in known if name not in dict(settings)]:
         raise ValueError(f"settings must hold {', '.join(missing)}")
 
@@ -339,29 +351,30 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def _check_device(name: str) -> torch.device:
+def _check_device(name: object) -> torch.device:
     try:
-        return torch.device(str(name))
+        return torch.device(name if isinstance(name, str | torch.device) else "")
     except (RuntimeError, TypeError):
-        raise ValueError(f"device must be a name such as cpu or cuda:0, got {name!r}") from None
+        raise ValueError(f"device must be a name such as cpu or cuda:0, got {described(name)}") from None
 
 
-def _check_integer(name: str, value: object, least: int) -> None:
+def _check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    if not least <= value < 2**63:
-        raise ValueError(f"{name} must be >= {least}{' and below 2^63' * (value > 0)}, got {value}")
+        raise ValueError(f"{name} must be an integer, got {described(value)}")
+    if not least <= value < (2**63 if most is None else most + 1):
+        limit = "below 2^63" if most is None else f"<= {most}"
+        raise ValueError(f"{name} must be >= {least}{f' and {limit}' * (value > 0)}, got {described(value)}")
 
 
 def _check_number(name: str, value: object, *, above: bool = False, below: float = math.inf) -> None:
     """A finite number >= 0, or > 0 with `above`, and < below."""
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    if not (0 <= value < below) or (above and value == 0):
-        limit = f" and < {below}" if below < math.inf else "" if math.isfinite(value) else " and finite"
-        raise ValueError(f"{name} must be {'>' if above else '>='} 0{limit}, got {value}")
+        raise ValueError(f"{name} must be a number, got {described(value)}")
+    if not (0 <= value < min(below, FLOATS)) or (above and value == 0):
+        limit = f" and < {below}" if below < math.inf else "" if abs(value) < FLOATS else " and finite"
+        raise ValueError(f"{name} must be {'>' if above else '>='} 0{limit}, got {described(value)}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {described(value)}")

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import correlation, linear_regression
 from typing import Any
 
-from samlite.checkpoints import read_json
-from samlite.groups import Group, document, groups, records
+from samlite.documents import read_records, read_result
+from samlite.groups import Group, document, groups
 from samlite.intervals import Interval
 
 FLOOR = 1e-6  # losses below are rounding of float32
@@ -51,7 +51,7 @@ def convergence(folder: Path | str) -> list[Convergence]:
     found = []
     for group, cells in groups(folder).items():
         curves = [_curve(folder / cell.name, cell.seed) for cell in cells]
-        parameters = read_json(folder / cells[0].name / "result.json")["parameters"]
+        parameters = read_result(folder / cells[0].name, "parameters")["parameters"]
         rates = Interval.of(curve.rate for curve in curves if curve.rate is not None)
         straight = Interval.of(curve.r2 for curve in curves if curve.r2 is not None)
         found.append(Convergence(group, parameters, curves, rates, straight))
@@ -70,7 +70,7 @@ def fit(steps: Sequence[float], losses: Sequence[float]) -> tuple[float, float] 
 
 
 def _curve(folder: Path, seed: int) -> Curve:
-    found = records(folder, ("steps", "train_loss"))
+    found = read_records(folder, "steps", "train_loss")
     steps, losses = [record["steps"] for record in found], [record["train_loss"] for record in found]
     line = fit(steps, losses)
     return Curve(seed, steps, losses, *(line or (None, None)))

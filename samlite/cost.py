@@ -12,8 +12,8 @@ from statistics import mean
 from typing import Any
 
 from samlite import tasks
-from samlite.checkpoints import read_json
-from samlite.groups import Group, document, groups, records
+from samlite.documents import read_records, read_result
+from samlite.groups import Group, document, groups
 from samlite.intervals import Interval
 
 RECORDED = ("gradient_evaluations", "validation_metric")
@@ -41,13 +41,13 @@ def costs(folder: Path | str) -> list[Cost]:
     """Of every group of a sweep's finished runs. Raises ValueError where there are none."""
     folder = Path(folder)
     grouped = groups(folder)
-    runs = {group: [records(folder / cell.name, RECORDED) for cell in cells] for group, cells in grouped.items()}
+    runs = {group: [read_records(folder / cell.name, *RECORDED) for cell in cells] for group, cells in grouped.items()}
     spent = {group: mean(run[-1]["gradient_evaluations"] for run in each) for group, each in runs.items()}
     found = []
     for group, cells in grouped.items():
         alike = [other for other in grouped if (other.condition, other.width) == (group.condition, group.width)]
         budget = round(min(spent[other] for other in alike))
-        result = read_json(folder / cells[0].name / "result.json")
+        result = read_result(folder / cells[0].name, "parameters")
         found.append(_cost(group, result["parameters"], tasks.get(cells[0].task).metric, budget, runs[group]))
     return found
 

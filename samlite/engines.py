@@ -10,17 +10,21 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from samlite.checkpoints import read_json, write_json
 from samlite.config import Config
+from samlite.documents import TEXT, check
 
 REQUEUES = 1000  # of a job whose time is up; each goes on where the last one stopped
 FORGOTTEN = 600.0  # seconds after which a job that slurm does not know has ended; a new one is not listed at once
+PATIENCE = 2.0  # seconds that a process has to end before it is killed
 NOTICE = 30  # seconds before that at which a job is told, or up to 60 more: a run's files are never far behind
 
 
@@ -54,14 +58,15 @@ class Local:
     def start(self, folder: Path, cell: Config, measure: Collection[str]) -> Running:
         gpu = self._free() if self.gpus and cell.device == "cuda" else None
         errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed at the end of the process)
-        child = subprocess.Popen(
-            [*_command(cell, measure), "--stop-with-stdin"],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else None,
-            cwd=folder,  # also keeps a source tree in the current folder off the path
-            stdin=subprocess.PIPE,  # closes with this process, however it ends, and takes the cell with it
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-        )
+        with _deaf_to_ctrl_c():
+            child = subprocess.Popen(
+                [*_command(cell, measure), "--stop-with-stdin"],
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else None,
+                cwd=folder,  # also keeps a source tree in the current folder off the path
+                stdin=subprocess.PIPE,  # closes with this process, however it ends, and takes the cell with it
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
         process = _Process(child, errors, gpu)
         if gpu is not None:
             self._running.append(process)
@@ -111,12 +116,24 @@ class Cluster:
 
     def _earlier(self, note: Path, measure: Collection[str]) -> Any:
         """The job that an earlier sweep submitted for the same, unless it has ended or slurm has long forgotten it."""
-        known = read_json(note) if note.exists() else {}
-        if known.get("measure") != list(measure):
+        if not note.exists():
+            return None
+        known = check(read_json(note), {"job": TEXT}, ["job", "measure"])
+        if known["measure"] != list(measure):
             return None
         job = self._job(self._jobs, known["job"])
         lost = job.state == "UNKNOWN" and time.time() - note.stat().st_mtime > FORGOTTEN
         return None if lost or job.done(force_check=True) else job
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Start processes with SIGINT blocked from their first moment: it is for the sweep, which ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass(frozen=True)
@@ -135,7 +152,11 @@ class _Process:
             return _reason(self.child.returncode, self.errors.read())
 
     def stop(self) -> None:
+        """Ask the process to end, and end it if it has not done so in time."""
         self.child.terminate()
+        killer = threading.Timer(PATIENCE, self.child.kill)
+        killer.daemon = True
+        killer.start()
 
 
 @dataclass(frozen=True)
@@ -189,5 +210,7 @@ def _command(cell: Config, measure: Collection[str]) -> list[str]:
 def _reason(code: int, errors: bytes) -> str:
     if code < 0:
         return f"ended by {signal.Signals(-code).name}; repeat the command to continue"
-    lines = errors.decode(errors="replace").strip().splitlines()
-    return (lines[-1].removeprefix("Error: ") if lines else f"ended with status {code}") if code else ""
+    if code == 0:
+        return ""
+    lines = errors.decode(errors="replace").strip().splitlines() or [f"ended with status {code}"]
+    return "\n".join(lines) if os.environ.get("SAMLITE_DEBUG") == "1" else lines[-1].removeprefix("Error: ")

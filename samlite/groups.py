@@ -1,13 +1,13 @@
 """The runs of a sweep that differ by their seed alone."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from samlite.config import FAMILY, Config
-from samlite.sweep import finished, read
+from samlite.documents import read_cells
+from samlite.sweep import finished
 
 CONDITIONS = ("label_noise", "sparsity", "weight_decay")  # what a sweep may vary beside width, optimizer, rho and seed
 
@@ -34,7 +34,7 @@ class Group:
 
 def groups(folder: Path) -> dict[Group, list[Config]]:
     """The finished runs of a sweep, grouped, by condition and growing width. Raises ValueError where there are none."""
-    cells = read(folder)
+    cells = read_cells(folder)
     done = [cell for cell in cells if finished(folder / cell.name, cell)]
     if not done:
         raise ValueError(f"{folder} must hold a finished run; repeat its sweep")
@@ -50,18 +50,6 @@ def document(found: Any) -> dict[str, Any]:
     """What was found of a group as plain values, for JSON."""
     group = found.group
     return {**asdict(found), "group": {**asdict(group), "condition": dict(group.condition)}}
-
-
-def records(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
-    """These fields of a run's records, one an epoch. Raises ValueError where the run has none."""
-    path, names = folder / "metrics.jsonl", list(names)
-    try:
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if not found:
-            raise ValueError("it is empty")
-        return [{name: record[name] for name in names} for record in found]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} must hold the records of a run, a line an epoch ({error})") from None
 
 
 def varying(cells: Iterable[Config]) -> list[str]:

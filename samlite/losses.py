@@ -49,7 +49,7 @@ class Losses:
     """
 
     def __init__(self, model: nn.Module, loss_fn: Loss, data: Data, parameters: list[nn.Parameter], mode: str) -> None:
-        self.model, self.data, self.parameters, self.mode = model, _checked_data(data), parameters, mode
+        self.model, self.data, self.parameters, self.mode = model, checked_data(data), parameters, mode
         self._loss_fn, self.loss = loss_fn, _as_function(loss_fn, model, like=parameters[0])
         self.held = modules_in(self.loss)
         self._writes = False  # the loss writes into its batch
@@ -388,7 +388,8 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _checked_data(data: Any) -> Any:
+def checked_data(data: Any) -> Any:
+    """The data, unless they are no (inputs, targets) pair of equal length and no re-iterable: ValueError says so."""
     if isinstance(data, list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         raise ValueError(
             "data must be a tuple (inputs, targets) or a re-iterable of batches, got a list of two tensors; "

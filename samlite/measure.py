@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from samlite import ranks
 from samlite.batches import is_pair
-from samlite.checkpoints import load_weights, read_json, write_json
+from samlite.checkpoints import check_types, load_weights, locked, write_json
 from samlite.config import usable_device
+from samlite.documents import SHARPNESS, read_sharpness
 from samlite.hessian import Hessian
+from samlite.losses import checked_data
 from samlite.operator import Eigenvalues, Progress
 from samlite.sweep import measured
 
@@ -85,7 +87,7 @@ def checkpoint_subject(
     _load_into(module, load_weights(path), path)
     module.to(usable_device(device or "cpu"))
     criterion = _LOSSES[loss]() if loss in _LOSSES else resolve(loss, "--loss")
-    batches = _made(data, "--data")
+    batches = checked_data(_made(data, "--data"))
     if not is_pair(batches):
         if samples is not None:
             raise ValueError("--samples needs --data to name a pair of tensors; limit the batches themselves")
@@ -109,19 +111,36 @@ def measure_run(folder: Path, moments: bool = False, progress: Progress | None =
 
     Both are kept in its ``sharpness.json``, converged or not.
     """
-    path = folder / "sharpness.json"
     subject = run_subject(folder)
-    if measured(folder, ["eigenvalues"]):
-        record = read_json(path)  # with more eigenvalues, perhaps, than the one that is needed here
-    else:
-        earlier = read_json(path) if path.exists() else {}
-        record = earlier | as_record(subject, subject.hessian().eigenvalues(1, verify=True, progress=progress))
+    record: dict[str, Any] = {}
+    if not measured(folder, ["eigenvalues"]):
+        record = as_record(subject, subject.hessian().eigenvalues(1, verify=True, progress=progress))
     if moments and not measured(folder, ["moments"]):
         # A sample that is fitted well has an output gradient of rounding errors in float32, and so have its powers.
         dtype = "float32" if any(p.device.type == "mps" for p in subject.model.parameters()) else "float64"
         found = subject.hessian(dtype).moments(progress=progress)
         record["moments"] = {**document(found), "dtype": dtype}
-    write_json(path, record)
+    keep(folder, record)
+
+
+def keep(folder: Path, record: dict[str, Any]) -> None:
+    """Put a measurement into a run's ``sharpness.json``, beside earlier ones: the weights of a finished run stay.
+
+    What did not converge replaces nothing that did; then what was said of the earlier eigenvalues stays, too. The
+    Gauss-Newton matrix has a place of its own. Several processes may do so at once.
+    """
+    with locked(folder):
+        whole = read_sharpness(folder)
+        kept = whole.setdefault("ggn", {}) if record.get("curvature") == "ggn" else whole
+        worse = [name for name, value in record.items() if _converged(value) is False and _converged(kept.get(name))]
+        if "eigenvalues" in worse:  # which the settings beside them describe
+            worse += [name for name, value in record.items() if not isinstance(value, dict)]
+        kept.update({name: value for name, value in record.items() if name not in worse})
+        write_json(folder / SHARPNESS, whole)
+
+
+def _converged(value: Any) -> Any:
+    return value.get("converged") if isinstance(value, dict) else None
 
 
 def as_record(subject: Subject, found: Eigenvalues, which: str = "LA", **settings: Any) -> dict[str, Any]:
@@ -136,8 +155,8 @@ def as_record(subject: Subject, found: Eigenvalues, which: str = "LA", **setting
         "eigenvalues": {
             "which": which,
             "values": found.values.tolist(),
-            "errors": found.errors.tolist(),
-            "residuals": found.residuals.tolist(),
+            "errors": document(found.errors),
+            "residuals": document(found.residuals),
             "converged": found.converged,
             "complete": found.complete,
             "matvecs": found.matvecs,
@@ -176,7 +195,7 @@ def resolve(name: str, option: str) -> Any:
         raise ValueError(f"{option} must name an importable module, got {module_name!r} ({error})") from error
     except AttributeError:
         raise ValueError(f"{option} must name something in {module_name}, got {attribute!r}") from None
-    except Exception as error:  # the user's own module: whatever goes wrong in it
+    except (Exception, SystemExit) as error:  # the user's own module: whatever goes wrong in it
         raise ValueError(f"{option}: importing {module_name} failed with {type(error).__name__}: {error}") from error
     return found
 
@@ -188,16 +207,19 @@ def _made(name: str, option: str) -> Any:
         return found
     try:
         return found()
-    except Exception as error:  # the user's own function
+    except (Exception, SystemExit) as error:  # the user's own function
         raise ValueError(f"{option}: {name} failed with {type(error).__name__}: {error}") from error
 
 
 def _load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    check_types(module, state, path)
     try:
         missing, unexpected = module.load_state_dict(state, strict=False)
     except RuntimeError as error:
         detail = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise ValueError(f"{path} must fit the model of --model: {detail}") from None
+        raise ValueError(f"{path} must fit the model of --model: {detail or error}") from None
+    except Exception as error:  # quantized layers, and whatever else has its own way to load
+        raise ValueError(f"{path} must fit the model of --model, got {type(error).__name__}: {error}") from error
     # A tied weight is stored once: what it is missing under its other names is there.
     tensors = module.state_dict(keep_vars=True)
     present = {id(tensor) for name, tensor in tensors.items() if name in state}

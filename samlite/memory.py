@@ -18,7 +18,7 @@ def parse_bytes(memory: int | str) -> int:
     if match is None:
         raise ValueError(f"memory must be bytes or a size such as '2GB', got {memory!r}")
     unit = match[2] if match[2] in _UNITS else match[2] + "B"
-    return int(float(match[1]) * _UNITS[unit])
+    return int(min(float(match[1]) * _UNITS[unit], 2.0**62))  # beyond which there is no difference
 
 
 def free_bytes(device: torch.device) -> int:

@@ -20,11 +20,16 @@ from statistics import mean
 from typing import Any
 
 from samlite import tasks
-from samlite.checkpoints import read_json
 from samlite.config import FAMILY, Config
+from samlite.documents import read_cells, read_result
 from samlite.groups import condition_of, varying
 from samlite.intervals import Comparison, Geometric, Interval
-from samlite.sweep import finished, nonuniformity, read, sharpness
+from samlite.sweep import finished, nonuniformity, sharpness
+
+NEEDED = (  # of every result
+    *("final.test_metric", "final.validation_metric", "final.validation_loss", "best.test_metric"),
+    *("interpolates", "parameters"),
+)
 
 
 @dataclass(frozen=True)
@@ -70,23 +75,18 @@ class Report:
 def summarize(folder: Path | str) -> Report:
     """Report on a sweep, finished or not. Raises ValueError where no run is finished."""
     folder = Path(folder)
-    cells = read(folder)
-    results = {
-        cell: read_json(folder / cell.name / "result.json") for cell in cells if finished(folder / cell.name, cell)
-    }
+    cells = read_cells(folder)
+    results = {cell: read_result(folder / cell.name, *NEEDED) for cell in cells if finished(folder / cell.name, cell)}
     if not results:
         raise ValueError(f"{folder} must hold a finished run; repeat its sweep")
     task = tasks.get(cells[0].task)
     minima = {cell: _quantities(folder / cell.name) for cell in results}
     varied = varying(cells)
     places = {cell: (condition_of(cell, varied), cell.width) for cell in results}
-    try:
-        rows = [
-            _row(dict(place[0]), {cell: results[cell] for cell in results if places[cell] == place}, minima, task)
-            for place in sorted(set(places.values()))
-        ]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder} has a result.json that no run wrote (it lacks {error})") from None
+    rows = [
+        _row(dict(place[0]), {cell: results[cell] for cell in results if places[cell] == place}, minima, task)
+        for place in sorted(set(places.values()))
+    ]
     return Report(
         task.name,
         task.metric,

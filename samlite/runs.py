@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from samlite import network, tasks
-from samlite.checkpoints import load_model_weights, load_weights, read_json, save_tensors
+from samlite.checkpoints import load_model_weights, load_weights, save_tensors
 from samlite.config import Config, usable_device
+from samlite.documents import CONFIG, RESULT, read_config
 from samlite.sparsity import masks_in
 from samlite.tasks import Splits, Task
 from samlite.tasks.noise import noisy
@@ -30,9 +32,9 @@ class Run:
 def load_run(folder: Path | str, device: str | None = None) -> Run:
     """A finished run with its data. Raises ValueError where the folder holds none."""
     folder = Path(folder)
-    if not (folder / "result.json").is_file():
-        raise ValueError(f"{folder} must be the folder of a finished run; it has no result.json")
-    config = Config.from_json(read_json(folder / "config.json"), folder / "config.json")
+    if not (folder / RESULT).is_file():
+        raise ValueError(f"{folder} must be the folder of a finished run; it has no {RESULT}")
+    config = read_config(folder)
     task, place = tasks.get(config.task).configured(config), usable_device(device or config.device)
     data = load_data(task, config, folder).to(place)
     return Run(folder, config, task, final_network(task, config, data, folder), data)
@@ -42,7 +44,10 @@ def final_network(task: Task, config: Config, data: Splits, folder: Path) -> nn.
     """The trained network in evaluation mode, beside its data."""
     path = folder / "model.safetensors"
     masks: Mapping[str, Tensor] = masks_in(load_weights(path)) if config.sparsity else {}
-    model = network.initial(task, config, data, masks)
+    try:
+        model = network.initial(task, config, data, masks)
+    except ValueError as error:
+        raise ValueError(f"{path} does not hold the weights of this run's network: {error}") from None
     load_model_weights(path, model)
     return model.eval()
 
@@ -54,13 +59,22 @@ def load_data(task: Task, config: Config, folder: Path) -> Splits:
         return data
     if (folder / LABELS).exists():
         labels = load_weights(folder / LABELS).get("labels")
-        if labels is None or labels.shape != data.train.targets.shape:
+        if labels is None or not _are_labels(labels, data.train.targets, task.classes_in(data) or 0):
             raise ValueError(f"{folder / LABELS} does not hold the labels of this run's data; delete it")
     else:
         classes = task.classes_in(data)
         assert classes is not None  # the config was checked
         labels = noisy(data.train.targets, classes, config.label_noise, config.seed)
     return replace(data, train=replace(data.train, targets=labels))
+
+
+def _are_labels(labels: Tensor, targets: Tensor, classes: int) -> bool:
+    """Whether these are class numbers wherever the targets are."""
+    if labels.shape != targets.shape or labels.dtype != targets.dtype:
+        return False
+    known = targets >= 0
+    chosen = labels[known]
+    return torch.equal(labels >= 0, known) and bool(((chosen < classes) & (chosen == chosen.floor())).all())
 
 
 def save_labels(data: Splits, folder: Path) -> None:
@@ -74,9 +88,9 @@ def check_folder(out: Path, config: Config, resume: bool) -> None:
         return
     if not resume:
         raise ValueError(f"{out} must be empty without resuming; choose another folder or delete this one")
-    if not (out / "config.json").exists():
-        raise ValueError(f"{out} must be empty or hold a run, but it has no config.json; choose another folder")
-    found = Config.from_json(read_json(out / "config.json"), out / "config.json")
+    if not (out / CONFIG).exists():
+        raise ValueError(f"{out} must be empty or hold a run, but it has no {CONFIG}; choose another folder")
+    found = read_config(out)
     differences = [
         f"{name} {value} there, {getattr(config, name)} now"
         for name, value in vars(found).items()

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from samlite import network, tasks
-from samlite.checkpoints import read_json
 from samlite.config import Config
+from samlite.documents import read_result
 from samlite.groups import Group, document, groups
 from samlite.intervals import Interval
 from samlite.runs import final_network
@@ -49,7 +49,8 @@ def solutions(folder: Path | str) -> list[Solutions]:
     """Of every group of a sweep's finished runs. Raises ValueError where there are none."""
     folder = Path(folder)
     grouped = groups(folder)
-    results = {cell: read_json(folder / cell.name / "result.json") for cells in grouped.values() for cell in cells}
+    needed = ("interpolates", "parameters", "final.test_metric")
+    results = {cell: read_result(folder / cell.name, *needed) for cells in grouped.values() for cell in cells}
     inside = {cell for cell, result in results.items() if result["interpolates"]}
     one = next(iter(results))
     data = tasks.get(one.task).splits(one)  # only its sizes matter, which no seed changes

@@ -69,9 +69,11 @@ def choose(
 
 
 def mask(model: nn.Module, kept: Mapping[str, Tensor]) -> nn.Module:
-    """Leave only these weights of the layers of these names, in place."""
+    """Leave only these weights of the layers of these names, in place. Raises ValueError where a mask does not fit."""
     weights = _weights(model)
     for name, where in kept.items():
+        if name not in weights or where.dtype != torch.bool or where.shape != weights[name].shape:
+            raise ValueError(f"the mask of {name} must be booleans in the shape of a layer's weight")
         masked = Masked(where.to(weights[name].device))
         parametrize.register_parametrization(model.get_submodule(name), "weight", masked)
     return model

@@ -12,11 +12,19 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from samlite import tasks
-from samlite.checkpoints import claimed, locked, read_json, write_json
+from samlite.checkpoints import claimed, locked, write_json
 from samlite.config import FAMILY, OWN_NAMES, Config
+from samlite.documents import RESULT, SWEEP, read_config, read_sharpness
+from samlite.documents import read_cells as read
 from samlite.engines import Engine, Local, Running
+from samlite.files import described
 
 CLAIMS = ".claims"  # a file for each cell that a sweep works on
+CELLS = 10_000  # of a sweep at most: each is a process, and a folder
+OWN_OF_CELLS = (  # fields in which the cells of one sweep may differ
+    *("width", "optimizer", "base", "rho", "seed", "label_noise", "sparsity", "weight_decay"),
+    *("adaptive", "normalize", *OWN_NAMES, "every", "m"),
+)
 MEASURES = ("eigenvalues", "moments")  # what may be measured of a minimum; moments are never kept without eigenvalues
 
 
@@ -69,6 +77,9 @@ def grid(
     for optimizer in optimizers:
         own = {"base": base} if optimizer in FAMILY else {}
         methods += [{"optimizer": optimizer, "rho": rho, **own} for rho in (rhos if own and rhos else (None,))]
+    count = len(widths) * len(conditions) * seeds * len(methods)
+    if count > CELLS:
+        raise ValueError(f"a sweep must have at most {CELLS:,} runs, got {described(count)}; ask for fewer seeds")
     cells = []
     for width in widths:
         for condition in conditions:
@@ -109,7 +120,7 @@ def run(
     folder, engine = Path(folder), engine or Local()
     _merged(folder, cells)  # before anything is written there
     with locked(folder):
-        write_json(folder / "sweep.json", {"cells": [cell.to_json() for cell in _merged(folder, cells)]})
+        write_json(folder / SWEEP, {"cells": [cell.to_json() for cell in _merged(folder, cells)]})
     waiting = []
     for cell in cells:
         if finished(folder / cell.name, cell, measure):
@@ -147,24 +158,9 @@ def run(
             claim.close()
 
 
-def read(folder: Path) -> list[Config]:
-    """The cells of a sweep. Raises ValueError where the folder holds none."""
-    path = folder / "sweep.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} must be the folder of a sweep, but it has no sweep.json")
-    cells = read_json(path).get("cells")
-    if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
-        raise ValueError(f"{path} must hold a list of cells")
-    return [Config.from_json(cell, path) for cell in cells]
-
-
 def finished(folder: Path, cell: Config, measure: Collection[str] = ()) -> bool:
     """Whether the folder holds the result of this very cell, with converged measurements of all that is asked."""
-    if not (folder / "result.json").is_file():
-        return False
-    if Config.from_json(read_json(folder / "config.json"), folder / "config.json") != cell:
-        return False
-    return measured(folder, measure)
+    return (folder / RESULT).is_file() and read_config(folder) == cell and measured(folder, measure)
 
 
 def measured(folder: Path, measure: Collection[str]) -> bool:
@@ -176,55 +172,47 @@ def measured(folder: Path, measure: Collection[str]) -> bool:
 
 def sharpness(folder: Path) -> float | None:
     """The largest Hessian eigenvalue of a run; None where it was not measured or cannot be trusted."""
-    found = _measurement(folder, "eigenvalues")
+    found = read_sharpness(folder).get("eigenvalues")
     if found is None:
         return None
-    try:
-        trusted = found["which"] == "LA" and found["converged"] is True and found["complete"] is not False
-        return float(found["values"][0]) if trusted else None
-    except (IndexError, KeyError, TypeError, ValueError):
-        raise _not_a_measurement(folder) from None
+    trusted = found["which"] == "LA" and found["converged"] and found["complete"] is not False
+    return float(found["values"][0]) if trusted else None
 
 
 def nonuniformity(folder: Path) -> dict[int, float] | None:
     """The s_k of a run's moments by their order k; None where they were not measured or did not converge."""
-    found = _measurement(folder, "moments")
-    if found is None:
+    found = read_sharpness(folder).get("moments")
+    if found is None or found["unit"] != "sample" or not found["converged"]:
         return None
-    try:
-        trusted = found["unit"] == "sample" and found["converged"] is True
-        return {int(k): float(s) for k, s in found["nonuniformity"].items()} if trusted else None
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise _not_a_measurement(folder) from None
-
-
-def _measurement(folder: Path, name: str) -> Any:
-    path = folder / "sharpness.json"
-    return read_json(path).get(name) if path.is_file() else None
-
-
-def _not_a_measurement(folder: Path) -> ValueError:
-    return ValueError(f"{folder / 'sharpness.json'} is not a measurement; delete it and measure again")
+    return {int(k): float(s) for k, s in found["nonuniformity"].items()}
 
 
 def _merged(folder: Path, cells: Sequence[Config]) -> list[Config]:
     """The cells that the folder records and these, if they belong to the same sweep."""
     known: list[Config] = []
-    if (folder / "sweep.json").exists():
+    if (folder / SWEEP).exists():
         known = read(folder)
     elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise ValueError(f"{folder} must be empty or hold a sweep, but it has no sweep.json")
-    for old in known:
-        for new in cells:
+        raise ValueError(f"{folder} must be empty or hold a sweep, but it has no {SWEEP}")
+    for old in _kinds(known):
+        for new in _kinds(cells):
             if differences := _differences(old, new):
                 raise ValueError(f"{folder} holds another sweep ({differences}); choose another folder")
     return list(dict.fromkeys([*known, *cells]))
 
 
+def _kinds(cells: Sequence[Config]) -> list[Config]:
+    """One cell of each kind that `_differences` can tell apart."""
+    kinds: dict[Any, Config] = {}
+    for cell in cells:
+        common = tuple(value for name, value in vars(cell).items() if name not in OWN_OF_CELLS)
+        kinds.setdefault((common, cell.base, bool(cell.sparsity)), cell)
+    return list(kinds.values())
+
+
 def _differences(old: Config, new: Config) -> str:
     """What two cells of one sweep must have in common, but do not."""
-    own = {"width", "optimizer", "base", "rho", "seed", "label_noise", "sparsity", "weight_decay"}
-    own |= {"adaptive", "normalize", *OWN_NAMES, "every", "m"}
+    own = set(OWN_OF_CELLS)
     if not (old.sparsity and new.sparsity):
         own.add("pruner")
     if old.base != new.base:

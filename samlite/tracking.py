@@ -66,10 +66,13 @@ class Tracker:
         return {"vectors": self.vectors, "outsider": self.outsider}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        device = self.hessian.params[0].device
-        for name in ("vectors", "outsider"):
+        """Take what `state_dict` gave. Raises ValueError where it is of another network or number of values."""
+        like, p = self.hessian.params[0], self.hessian.shape[0]
+        for name, shape in {"vectors": (p, self.k), "outsider": (p,)}.items():
             tensor = state[name]
-            setattr(self, name, None if tensor is None else tensor.to(device))
+            if tensor is not None and (tensor.shape, tensor.dtype) != (shape, like.dtype):
+                raise ValueError(f"{name} must be {like.dtype} of shape {shape}, got {tuple(tensor.shape)}")
+            setattr(self, name, None if tensor is None else tensor.to(like.device))
 
     def _eigenvalues(self, **options: Any) -> Eigenvalues:
         # The size of the basis is fixed, as the default depends on the free memory, and a resumed run must not.

@@ -8,10 +8,10 @@ it was interrupted.
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import samlite
 from samlite import network, ranks, tasks
 from samlite.checkpoints import (
+    check_types,
     load_checkpoint,
     locked,
     save_checkpoint,
@@ -29,6 +30,7 @@ from samlite.checkpoints import (
     write_lines,
 )
 from samlite.config import Config, usable_device
+from samlite.documents import CONFIG, COUNT, NUMBER, RECORDS, RESULT, check, check_records
 from samlite.hessian import Hessian
 from samlite.measure import SAMPLES
 from samlite.models import parameter_count
@@ -92,14 +94,14 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
     first = ranks.rank() == 0
     with locked(out) if first else nullcontext(), _threads(config.threads):
         check_folder(out, config, resume)  # again: another process may have come first
-        if ranks.shared((out / "result.json").exists):
+        if ranks.shared((out / RESULT).exists):
             return
 
         task, device = tasks.get(config.task).configured(config), usable_device(config.device)
         data = load_data(task, config, out).to(device)
         path = out / "checkpoint.pt"
-        state = load_checkpoint(path) if path.exists() else {}
-        model = network.initial(task, config, data, masks_in(state["model"]) if "model" in state else None)
+        state = _stopped(path) if path.exists() else {}
+        model = network.initial(task, config, data, masks_in(state["model"]) if state else None)
         forward = parallel(model, config)
         scaler = scaler_of(config)
         optimizer = optimizer_of(model, config, scaler, forward)
@@ -111,9 +113,9 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
             records, best = _restore(state, path, model, optimizer, scaler, order, tracker)
         ranks.together()  # nobody reads what the first process is about to write
         if first and state:
-            write_lines(out / "metrics.jsonl", map(asdict, records))
-        elif first and not (out / "config.json").exists():
-            write_json(out / "config.json", {**config.to_json(), **_environment()})
+            write_lines(out / RECORDS, map(asdict, records))
+        elif first and not (out / CONFIG).exists():
+            write_json(out / CONFIG, {**config.to_json(), **_environment()})
         if first and config.label_noise and not (out / LABELS).exists():
             save_labels(data, out)
 
@@ -178,7 +180,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
                     **({"tracker": tracker.state_dict()} if tracker else {}),
                 }
                 save_checkpoint(out / "checkpoint.pt", state)
-                write_lines(out / "metrics.jsonl", map(asdict, records))
+                write_lines(out / RECORDS, map(asdict, records))
                 saved = time.perf_counter()
             yield records[-1]
 
@@ -189,7 +191,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
             model.load_state_dict(best.pop("model"))
             end = records[best["epoch"] - 1]
         save_model_weights(out / "model.safetensors", model)
-        write_json(out / "result.json", _result(model, task, config, data, records[-1], end, best))
+        write_json(out / RESULT, _result(model, task, config, data, records[-1], end, best))
 
 
 def learning_rate(config: Config, epoch: int) -> float:
@@ -230,6 +232,21 @@ def _stalled(best: dict[str, Any], epoch: int, config: Config) -> bool:
     return bool(config.patience and best and epoch - best["epoch"] > config.patience)
 
 
+def _stopped(path: Path) -> dict[str, Any]:
+    """The state of a run that was stopped. Raises ValueError where it is not one that training has saved."""
+    state = load_checkpoint(path)
+    weights, numbers = state.get("model"), state.get("best")
+    try:
+        if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+            raise ValueError("it holds no weights by name")
+        check_records(state.get("records"), *(field.name for field in fields(EpochRecord)))
+        needed = ("epoch", "validation_metric", "test_metric")
+        check(numbers, {"epoch": COUNT, "validation_metric": NUMBER, "test_metric": NUMBER}, needed)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a checkpoint of a run ({error}); delete it to start afresh") from None
+    return state
+
+
 def _restore(
     state: dict[str, Any],
     path: Path,
@@ -241,16 +258,38 @@ def _restore(
 ) -> tuple[list[EpochRecord], dict[str, Any]]:
     kind = TrackedRecord if tracker else EpochRecord
     try:
+        check_types(model, state["model"], path)
         model.load_state_dict(state["model"])
+        options = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
+        _check_kept(state["optimizer"], optimizer)
         optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)  # which the config decides
         if scaler:
             scaler.load_state_dict(state["scaler"])
         order.set_state(state["order"])
         if tracker:
             tracker.load_state_dict(state["tracker"])
-        return [kind(**record) for record in state["records"]], dict(state["best"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        best = dict(state["best"])
+        if "model" in best:
+            check_types(model, best["model"], path)
+            deepcopy(model).load_state_dict(best["model"])
+        return [kind(**record) for record in state["records"]], best
+    except Exception as error:  # damage shows as many kinds of error
         raise ValueError(f"{path} is not a checkpoint of this run; delete it to start afresh") from error
+
+
+def _check_kept(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where what was kept for a parameter is not tensors like it, or not the same for all of them."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, kept in saved["state"].items():
+        for name, value in kept.items():
+            shape = torch.Size() if name == "step" else parameters[number].shape
+            fits = isinstance(value, Tensor) and value.is_floating_point() and value.shape == shape
+            if not fits and value is not None:
+                raise ValueError(f"{name} must be floating-point numbers of shape {tuple(shape)}")
+    if len({frozenset(kept) for kept in saved["state"].values()}) > 1:
+        raise ValueError("the same must be kept for every parameter")
 
 
 @contextmanager

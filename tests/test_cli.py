@@ -373,3 +373,55 @@ def test_sharpness_on_screen_says_what_each_number_means(cli: Cli, workplace: Pa
     out = cli("sharpness", "minimum", "--top", 1, "--curvature", "ggn", *options).out
     for word in ("Gauss-Newton", "s_4", "max lr", "SAM of rho 0.1", "trace", "Frobenius", "layer by layer"):
         assert word in out, out
+
+
+@pytest.mark.parametrize("error", [KeyError("k"), IndexError("i"), RecursionError("r"), TypeError("t")])
+def test_an_error_that_nobody_expected_is_one_line_and_says_how_to_find_it(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(tasks, "get", fail)
+    ended = cli("tasks", "digits")
+    assert ended.status == 1 and ended.out == ""
+    assert ended.err == f"Error: internal error: {type(error).__name__}: {error}; SAMLITE_DEBUG=1 shows where\n"
+
+
+@pytest.mark.parametrize("call", ["train --width 0", "train --widht 8", "sharpness nowhere", "report thesis"])
+def test_any_error_shows_its_traceback_if_asked(cli: Cli, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    line = cli(*call.split()).err
+    monkeypatch.setenv("SAMLITE_DEBUG", "1")
+    shown = cli(*call.split()).err
+    assert line.count("\n") == 1
+    assert shown.startswith("Traceback") and shown.endswith(line)
+
+
+def test_an_error_is_never_longer_than_a_few_lines_of_a_screen(cli: Cli) -> None:
+    ended = cli("train", "--width", "9" * 50_000)
+    assert ended.status == 2 and len(ended.err) < 1100 and ended.err.endswith("(see samlite train --help)\n")
+
+
+def test_a_full_disk_under_the_output_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command("--help"), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "Error: No space left on device\n")
+
+
+def test_a_terminal_that_knows_no_greek_gets_the_numbers_all_the_same() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command("tasks", "mnist"), capture_output=True, env=environment)
+    assert done.returncode == 0 and b"[w, w/3]" in done.stdout
+
+
+def test_output_files_that_are_no_files_are_refused_before_the_work(cli: Cli, workplace: Path) -> None:
+    cli(*QUICK, "--out", "minimum")
+    os.mkfifo(workplace / "pipe.png")
+    (workplace / "v").symlink_to("/dev/full")
+    for call, message in (
+        ("sharpness minimum --density --figure pipe.png", "pipe.png must be a regular file, got a named pipe"),
+        ("sharpness minimum --save-vectors v", "v must be a regular file, got a device"),
+    ):
+        ended = cli(*call.split())
+        assert ended.status == 2 and message in ended.err
+    assert (workplace / "v").is_symlink() and not (workplace / "minimum" / "sharpness.json").exists()

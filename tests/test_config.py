@@ -127,3 +127,49 @@ def test_sam_wraps_the_baseline_of_the_task(task: Task, monkeypatch: pytest.Monk
     assert (config.base, config.lr, config.momentum) == ("adamw", 1e-3, 0.0)
     assert config.name == "sam-rho0.2-w8-s0" and Config.of("everything").optimizer == "adamw"
     assert Config.of("everything", optimizer="sam", base="sgd", width=8).name == "sam-sgd-rho0.2-w8-s0"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("lr", 10**400, "lr must be > 0 and finite"),
+        ("lr", -(10**400), "lr must be > 0 and finite"),
+        ("weight_decay", 10**400, "weight_decay must be >= 0 and finite"),
+        ("width", 10**400, "width must be >= 1 and below 2\\^63"),
+        ("threads", 2000, "threads must be >= 1 and <= 1024, got 2000"),
+        ("milestones", 3, "milestones must be a list of numbers, got 3"),
+        ("milestones", "0.5", "milestones must be a list of numbers, got '0.5'"),
+        ("milestones", [10**400], "milestones must be > 0 and < 1"),
+        ("settings", [1], r"settings must be numbers by name, got \[1\]"),
+        ("settings", {"clip": 10**400}, "settings must be of task digits"),
+        ("optimizer", ["sgd"], r"optimizer must be one of .* got \['sgd'\]"),
+        ("device", 0, "device must be a name such as cpu or cuda:0, got 0"),
+        ("task", {"a": 1}, "task must be one of .* got {'a': 1}"),
+        ("augment", "no", "augment must be true or false, got 'no'"),
+    ],
+)
+def test_a_config_in_a_file_is_refused_by_file_and_field(field: str, value: Any, message: str) -> None:
+    document = {**Config.of("digits", device="cpu").to_json(), field: value}
+    with pytest.raises(ValueError, match=f"config.json does not describe a run: {message}"):
+        Config.from_json(document, "config.json")
+
+
+@pytest.mark.parametrize("text", ["9" * 401, "0x" + "f" * 5000, "inf", "nan", "1e999"])
+def test_a_recipe_of_numbers_that_no_float_holds_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.toml").write_text(f"lr = {text}")
+    with pytest.raises(ValueError, match="lr must be > 0 and finite, got"):
+        Config.of("digits", read_recipe(tmp_path / "recipe.toml"))
+
+
+def test_a_recipe_that_is_nested_too_deeply_is_refused_and_a_mark_of_byte_order_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(f"lr = {'[' * 9000}{']' * 9000}")
+    with pytest.raises(ValueError, match="recipe.toml: it is nested too deeply"):
+        read_recipe(path)
+    path.write_bytes(b"\xef\xbb\xbflr = 0.5")
+    assert read_recipe(path) == {"lr": 0.5}
+
+
+def test_a_switch_in_a_recipe_that_is_no_switch_is_refused() -> None:
+    with pytest.raises(ValueError, match="augment must be true or false, got 'no'"):
+        Config.of("cifar10", {"augment": "no"}, device="cpu")

@@ -2,6 +2,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,3 +82,28 @@ def test_records_that_are_damaged_are_named(cli: Callable[..., Result], swept: P
     ended = cli("report", swept, "--convergence")
     path.write_text(whole)
     assert ended.status == 2 and "metrics.jsonl must hold the records of a run" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("line", "change", "message"),
+    [
+        (0, {"steps": "x"}, "of epoch 1: steps must be an integer >= 0, got 'x'"),
+        (1, {"train_loss": None}, "of epoch 2: train_loss must be a number, got None"),
+        (1, {"train_loss": 10**400}, "of epoch 2: train_loss must be a number"),
+        (2, {"epoch": 7}, "of epoch 3: epoch must count up from 1, got 7"),
+        (3, {"steps": 1}, "steps must grow from epoch to epoch"),
+        (3, {"lr": -0.1}, "of epoch 4: lr must be a number >= 0, got -0.1"),
+    ],
+)
+def test_records_are_refused_by_file_epoch_and_field(swept: Path, line: int, change: Any, message: str) -> None:
+    path = swept / "sgd-w8-s0" / "metrics.jsonl"
+    whole = path.read_text()
+    lines = whole.splitlines()
+    lines[line] = json.dumps({**json.loads(lines[line]), **change})
+    path.write_text("\n".join(lines))
+    try:
+        with pytest.raises(ValueError) as error:
+            convergence(swept)
+    finally:
+        path.write_text(whole)
+    assert f"{path} must hold the records of a run" in str(error.value) and message in str(error.value)

@@ -5,19 +5,21 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import Result
+from conftest import command as command_line
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from samlite import Hessian
 from samlite.checkpoints import read_json, write_json
 from samlite.config import Config
-from samlite.measure import as_record, checkpoint_subject, measure_run, resolve, run_subject
+from samlite.measure import as_record, checkpoint_subject, keep, measure_run, resolve, run_subject
 from samlite.training import train
 
 NETS = """
@@ -231,6 +233,11 @@ MALFORMED = [
     ("sharpness", "net.pt --model nets:net --data nets:data --which XL", "'XL' is not one of"),
     ("sharpness", "net.pt --model nets:net --data nets:data --params conv", "params must match parameter names"),
     ("sharpness", "net.pt --model nets:net --data nets:data --memory much", "memory must be bytes or a size"),
+    (
+        "sharpness",
+        f"net.pt --model nets:net --data nets:data --memory {'9' * 400}GB --top 84",
+        "k must be between 1 and the dimension 83",
+    ),
     ("sharpness", "net.pt --model nets:net --data nets:data --device cuda:77", "device must be usable here"),
     ("sharpness", "net.pt --model nets:net --data nets:data --dtype int8", "'int8' is not one of"),
     ("sharpness", "net.pt --model nets:tied --data nets:data", "must fit the model of --model"),
@@ -274,3 +281,91 @@ json.dump(results, sys.stdout)
         assert message in error, f"{command} {rest}: {error}"
         assert error.count("\n") == 1 and "Traceback" not in error, f"{command} {rest}: {error}"
     assert not (place / "executed").exists()
+
+
+def measurement(value: float, converged: bool = True, **settings: Any) -> dict[str, Any]:
+    found = {"which": "LA", "values": [value], "errors": [0.1], "converged": converged, "complete": True}
+    return {"dtype": "float32", "curvature": "hessian", **settings, "eigenvalues": found}
+
+
+def test_measurements_made_at_once_are_all_kept(tmp_path: Path) -> None:
+    names = [f"measured {i}" for i in range(24)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: keep(tmp_path, {name: {"converged": True}}), names))
+    assert sorted(read_json(tmp_path / "sharpness.json")) == sorted(names)
+
+
+def test_what_did_not_converge_replaces_nothing_that_did_nor_what_is_said_of_it(tmp_path: Path) -> None:
+    keep(tmp_path, {**measurement(2.0), "moments": {"unit": "sample", "converged": False}})
+    keep(tmp_path, {**measurement(3.0, converged=False, dtype="float64"), "trace": {"value": 1.0}})
+    found = read_json(tmp_path / "sharpness.json")
+    assert found["eigenvalues"]["values"] == [2.0] and found["dtype"] == "float32" and found["trace"] == {"value": 1.0}
+    keep(tmp_path, measurement(4.0, dtype="float64"))
+    keep(tmp_path, measurement(5.0, curvature="ggn"))
+    found = read_json(tmp_path / "sharpness.json")
+    assert found["eigenvalues"]["values"] == [4.0] and found["dtype"] == "float64"
+    assert found["ggn"]["eigenvalues"]["values"] == [5.0] and found["moments"] == {"unit": "sample", "converged": False}
+
+
+@pytest.mark.slow
+def test_four_processes_measure_one_run_at_once_and_nothing_is_lost(run: Path) -> None:
+    calls = [[], ["--moments"], ["--trace"], ["--curvature", "ggn"]]
+    for _ in range(5):
+        (run / "sharpness.json").unlink(missing_ok=True)
+        every = [command_line("sharpness", run, "--top", 1, *call) for call in calls]
+        running = [subprocess.Popen(each, stdout=subprocess.DEVNULL) for each in every]
+        assert [process.wait(120) for process in running] == [0] * 4
+        assert {"eigenvalues", "moments", "trace", "ggn"} <= set(read_json(run / "sharpness.json"))
+
+
+@pytest.mark.parametrize("damage", ['{"eigenvalues": 3}', "[]", "{"])
+def test_a_damaged_measurement_shows_before_the_work_and_stays(
+    cli: Callable[..., Result], run: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    (run / "sharpness.json").write_text(damage)
+    monkeypatch.setattr(Hessian, "eigenvalues", lambda *_, **__: pytest.fail("it was measured"))
+    ended = cli("sharpness", run)
+    assert ended.status == 2 and "sharpness.json" in ended.err
+    assert (run / "sharpness.json").read_text() == damage
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("(torch.randn(9, 6), torch.zeros(8).long())", "the same number of rows, got shapes (9, 6) and (8,)"),
+        ("(torch.randn(8, 6), torch.zeros(9).long())", "the same number of rows, got shapes (8, 6) and (9,)"),
+        ("(torch.tensor(1.0), torch.tensor(1))", "the same number of rows, got shapes () and ()"),
+        ("(torch.randn(9, 6), torch.tensor(1))", "the same number of rows, got shapes (9, 6) and ()"),
+        ("(torch.randn(0, 6), torch.zeros(0).long())", "data must hold at least one sample, got none"),
+        ("raises()", "--data: {name}:it failed with SystemExit: 7"),
+        ("fails()", "--data: {name}:it failed with ZeroDivisionError: of the user in two lines"),
+    ],
+)
+def test_data_of_which_some_samples_are_drawn_are_checked_first(
+    cli: Callable[..., Result], place: Path, data: str, message: str
+) -> None:
+    name = f"data{abs(hash(data))}"
+    (place / f"{name}.py").write_text(
+        "import sys, torch\ndef raises(): sys.exit(7)\n"
+        "def fails(): raise ZeroDivisionError('of the user\\nin two lines')\n"
+        f"def it(): return {data}\n"
+    )
+    call = ("sharpness", "net.pt", "--model", "nets:net", "--data", f"{name}:it", "--samples", "3")
+    ended = cli(*call)
+    assert ended.status == 2 and ended.err.count("\n") == 1
+    assert message.format(name=name) in ended.err
+
+
+def test_layers_that_load_their_weights_in_their_own_way_are_told_as_they_tell_it(
+    cli: Callable[..., Result], place: Path
+) -> None:
+    (place / "own.py").write_text(
+        "from torch import nn\nclass Own(nn.Linear):\n"
+        "    def _load_from_state_dict(self, state, prefix, *rest): state[prefix + 'scale']\n"
+        "def net(): return Own(6, 3)\n"
+    )
+    torch.save(nn.Linear(6, 3).state_dict(), place / "line.pt")
+    ended = cli("sharpness", "line.pt", "--model", "own:net", "--data", "nets:data")
+    assert (ended.status, ended.err) == (
+        2, "Error: line.pt must fit the model of --model, got KeyError: 'scale'\n",
+    )  # fmt: skip

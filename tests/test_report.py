@@ -381,3 +381,65 @@ def test_a_quantity_that_is_zero_everywhere_leaves_its_panel_empty(tmp_path: Pat
 )
 def test_numbers_of_parameters_are_shortened(count: float, text: str) -> None:
     assert count_in_short(count) == text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("parameters", "587", "parameters must be an integer >= 1, got '587'"),
+        ("parameters", 10**400, "parameters must be an integer >= 1, got 1000000"),
+        ("parameters", 0, "parameters must be an integer >= 1, got 0"),
+        ("interpolates", 1, "interpolates must be true or false, got 1"),
+        ("final", [], "final must be an object, got []"),
+        ("final.test_metric", None, "final.test_metric must be a number, got None"),
+        ("final.test_metric", True, "final.test_metric must be a number, got True"),
+        ("final.test_metric", 1e200, "final.test_metric must be a number, got 1e+200"),  # its square is not
+        ("final.validation_loss", [1], "final.validation_loss must be a number, got [1]"),
+        ("best.test_metric", {"a": 1}, "best.test_metric must be a number, got {'a': 1}"),
+        ("best", {}, "it must hold the field best.test_metric"),
+    ],
+)
+def test_a_result_is_refused_by_file_and_field(sweep: Sweep, field: str, value: Any, message: str) -> None:
+    sweep.add(0.9, optimizer="sgd")
+    path = sweep.folder / "sgd-w8-s0" / "result.json"
+    document = json.loads(path.read_text())
+    *parents, last = field.split(".")
+    place = document[parents[0]] if parents else document
+    place[last] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError) as error:
+        summarize(sweep.folder)
+    text = str(error.value)
+    assert str(path.parent) in text and "result.json" in text and message in text
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"eigenvalues": {"values": []}}, "eigenvalues.values must be a list of numbers, got []"),
+        ({"eigenvalues": {"values": [None]}}, "eigenvalues.values must be a list of numbers, got [None]"),
+        ({"eigenvalues": {"values": 2.0}}, "eigenvalues.values must be a list of numbers, got 2.0"),
+        ({"eigenvalues": {"converged": "yes"}}, "eigenvalues.converged must be true or false, got 'yes'"),
+        ({"eigenvalues": {"complete": 0}}, "eigenvalues.complete must be true, false or null, got 0"),
+        ({"eigenvalues": {"which": None}}, "eigenvalues.which must be text, got None"),
+        (
+            {"moments": {"nonuniformity": {"two": 1}}},
+            "moments.nonuniformity must be numbers >= 0",
+        ),
+        ({"moments": {"nonuniformity": {"2": None}}}, "nonuniformity.2 must be a number >= 0, got None"),
+        ({"moments": {"nonuniformity": {"2": -1}}}, "moments.nonuniformity must be numbers >= 0"),
+        ({"moments": {"converged": 1}}, "moments.converged must be true or false, got 1"),
+        ({"ggn": 3}, "ggn must be an object, got 3"),
+        ({"ggn": {"eigenvalues": {"values": "x"}}}, "ggn.eigenvalues.values must be a list of numbers"),
+    ],
+)
+def test_a_measurement_is_refused_by_file_and_field(sweep: Sweep, document: Any, message: str) -> None:
+    sweep.add(0.9, optimizer="sgd", sharpness=2.0, spread={"2": 1.0})
+    path = sweep.folder / "sgd-w8-s0" / "sharpness.json"
+    whole = json.loads(path.read_text())
+    for name, change in document.items():
+        whole[name] = {**whole[name], **change} if name in whole else change
+    path.write_text(json.dumps(whole))
+    with pytest.raises(ValueError) as error:
+        summarize(sweep.folder)
+    assert f"{path} is not a measurement" in str(error.value) and message in str(error.value)

@@ -4,6 +4,8 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -317,3 +319,78 @@ def test_a_sweep_killed_at_twenty_random_moments_is_completed_bit_for_bit(tmp_pa
     assert process(*options, tmp_path / "killed").status == 0
     assert process(*options, tmp_path / "whole").status == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_a_claim_that_is_no_file_ends_the_sweep_in_one_line(tmp_path: Path, kind: str) -> None:
+    cells = grid("digits", [8], ["sgd"], seeds=1, **QUICK)
+    path = tmp_path / sweep.CLAIMS / cells[0].name
+    path.parent.mkdir()
+    {"pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir}[kind]()
+    with pytest.raises((ValueError, IsADirectoryError), match=cells[0].name):
+        list(sweep.run(tmp_path, cells))
+
+
+def test_a_cell_that_does_not_end_when_asked_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    monkeypatch.setattr(engines, "PATIENCE", 0.1)
+    with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        with tempfile.TemporaryFile() as errors:
+            process = engines._Process(child, errors, None)
+            process.stop()
+            assert process.failure() == "ended by SIGKILL; repeat the command to continue"
+
+
+def test_why_a_cell_failed_is_its_last_line_or_all_of_them_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = b"Traceback\n  somewhere\nError: lr must be > 0\n"
+    assert engines._reason(2, said) == "lr must be > 0"
+    monkeypatch.setenv("SAMLITE_DEBUG", "1")
+    assert engines._reason(2, said) == said.decode().strip()
+    assert engines._reason(0, b"UserWarning") == ""
+
+
+def test_a_grid_larger_than_any_machine_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="a sweep must have at most 10,000 runs, got 2000000000000; ask for fewer"):
+        grid("digits", [8], seeds=10**12)
+
+
+def interrupted(folder: Path, delay: float) -> tuple[int, str, float]:
+    """Press Ctrl-C in a sweep: its status, what it said, and how long it took to end."""
+    call = command("sweep", "--widths", "8,16", "--seeds", 2, "--epochs", 10**6, "--jobs", 2, "--out", folder)
+    with subprocess.Popen(
+        call,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which background jobs inherit as ignored
+    ) as running:
+        if delay:
+            time.sleep(delay)
+        else:
+            while not list(folder.glob("*/config.json")):
+                time.sleep(0.02)
+        pressed = time.monotonic()
+        os.killpg(running.pid, signal.SIGINT)
+        err = running.communicate(timeout=60)[1]
+        took = time.monotonic() - pressed
+    for _ in range(100):  # cells that lost their sweep end by themselves
+        if not subprocess.run(["pgrep", "-s", str(running.pid)], capture_output=True).stdout:
+            return running.returncode, err, took
+        time.sleep(0.1)
+    raise AssertionError("its cells are still there")
+
+
+def test_ctrl_c_ends_a_sweep_and_its_cells_in_one_line(tmp_path: Path) -> None:
+    status, err, _ = interrupted(tmp_path / "sweep", delay=0)
+    assert (status, err.strip()) == (130, "Error: interrupted; repeat the command to continue")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(32))
+def test_ctrl_c_ends_a_sweep_at_any_moment(tmp_path: Path, moment: int) -> None:
+    status, err, took = interrupted(tmp_path / "sweep", delay=0.3 + 0.1 * moment)  # torch is imported until about 2
+    assert (status, err.strip()) == (130, "Error: interrupted; repeat the command to continue")
+    assert took < 30

@@ -322,6 +322,8 @@ def test_cartpole_learns(tmp_path: Path) -> None:
         ({"gamma": 1.5}, "setting gamma must be between 0 and 1, got 1.5"),
         ({"steps": 0.5}, "setting steps must be an integer >= 1, got 0.5"),
         ({"environments": 0}, "setting environments must be an integer >= 1, got 0"),
+        ({"steps": 1e300}, "setting steps must be <= 1,000,000, got 1e.300"),
+        ({"environments": 1e6}, "setting environments must be <= 1,000, got 1e.06"),
         ({"clip": -0.1}, "setting clip must be >= 0, got -0.1"),
     ],
 )

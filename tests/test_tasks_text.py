@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from samlite import Hessian, training
 from samlite.config import Config
-from samlite.tasks import get
+from samlite.tasks import get, sst2
 from samlite.tasks.pos import KINDS, TAGS, TokenLoss, encode, features, hide_words, vocabulary
 from samlite.tasks.sequences import Sequences, padded
 from samlite.tasks.sst2 import by_sentence
@@ -443,3 +443,21 @@ def test_real_phrases_are_whole_and_the_held_out_ones_of_other_sentences(real_da
     assert 0.08 < len(data.validation) / 67_349 < 0.12
     assert data.test.targets.float().mean() == pytest.approx(444 / 872)
     assert (data.test.inputs == 1).sum() < 0.1 * (data.test.inputs > 0).sum()
+
+
+def test_a_sentence_too_long_for_memory_is_refused_by_line_and_length(treebank: Callable[..., str]) -> None:
+    words = "".join(f"{i}\tword\t_\tNOUN\t_\t_\t_\t_\t_\t_\n" for i in range(1, 100_001))
+    with pytest.raises(ValueError, match=r"ud-train.conllu, line 100001: a sentence must have at most 1000 words"):
+        get("pos").load(treebank(train=words, test=ANIMALS), 0)
+
+
+def test_a_phrase_too_long_is_refused_by_row_and_a_long_one_is_split_in_time() -> None:
+    rows = {"sentence": ["good", "bad " * 100_000], "label": [1, 0]}
+    with pytest.raises(ValueError, match="here, column 'sentence', row 1: a sentence must have at most 1000 words"):
+        sst2._phrases(rows, "here")
+    long = [f"w{i}" for i in range(1000)]
+    phrases = [(long, 1), (long[10:15], 0), (long[500:520], 1), (["other"], 0)]
+    train, validation = by_sentence(phrases)
+    assert sorted(train + validation) == sorted(phrases)
+    held = {len(words) for words, _ in validation} & {1000, 5, 20}
+    assert held in (set(), {1000, 5, 20})  # a sentence with its parts

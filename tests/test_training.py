@@ -2,6 +2,7 @@ import json
 import random
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import command, contents, process
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from samlite import Hessian, checkpoints, tasks, training
 from samlite.checkpoints import load_weights
@@ -556,3 +558,89 @@ def test_friendly_sam_clips_where_it_does_not_perturb(tmp_path: Path) -> None:
     next(train(config, tmp_path / "parts"))  # an odd number of steps
     list(train(config, tmp_path / "parts"))
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda labels: labels + 10,
+        lambda labels: labels - 10,
+        lambda labels: labels.float(),
+        lambda labels: labels[:-1],
+        lambda labels: labels[None],
+        lambda labels: labels.to(torch.complex64),
+    ],
+)
+def test_labels_that_are_none_of_the_classes_are_refused(tmp_path: Path, spoil: Callable[[Tensor], Tensor]) -> None:
+    list(train(digits(label_noise=0.2, epochs=1), tmp_path))
+    path = tmp_path / "labels.safetensors"
+    labels = load_weights(path)["labels"]
+    save_file({"labels": spoil(labels)}, path)
+    with pytest.raises(ValueError, match=r"labels.safetensors does not hold the labels of this run's data; delete it"):
+        load_run(tmp_path)
+    save_file({"labels": labels}, path)
+    assert torch.equal(load_run(tmp_path).data.train.targets, labels)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: state["model"].update({3: torch.ones(2)}), "it holds no weights by name"),
+        (lambda state: state.update(model=[1]), "it holds no weights by name"),
+        (lambda state: state["records"][0].update(steps="x"), "of epoch 1: steps must be an integer >= 0, got 'x'"),
+        (lambda state: state["records"][1].pop("lr"), "of epoch 2: it must hold the field lr"),
+        (lambda state: state["records"].pop(0), "of epoch 1: epoch must count up from 1, got 2"),
+        (lambda state: state.update(records=[]), "there must be one at least"),
+        (lambda state: state["best"].update(epoch=None), "epoch must be an integer >= 1, got None"),
+        (lambda state: state.pop("best"), "it must be an object, got None"),
+        (lambda state: state.pop("order"), "is not a checkpoint of this run; delete it to start afresh"),
+        (lambda state: state.update(order=torch.ones(3)), "is not a checkpoint of this run"),
+        (lambda state: state["optimizer"].update(param_groups=3), "is not a checkpoint of this run"),
+        (lambda state: state["optimizer"]["state"][0].update(momentum_buffer=torch.ones(3)), "is not a checkpoint"),
+        (lambda state: state["optimizer"]["state"][0].update(momentum_buffer=torch.ones(8, 64) * 1j), "is not a check"),
+        (lambda state: state["optimizer"]["state"][0].update(momentum_buffer=(1, 2)), "is not a checkpoint"),
+        (lambda state: state["optimizer"]["state"][0].update(momentum_buffer=3.0), "is not a checkpoint"),
+        (lambda state: state["optimizer"]["state"][0].pop("momentum_buffer"), "is not a checkpoint"),
+        (lambda state: state["model"].update({"0.bias": torch.ones(8).to(torch.complex64)}), "is not a checkpoint"),
+    ],
+)
+def test_a_checkpoint_is_refused_for_what_is_wrong_in_it(
+    tmp_path: Path, spoil: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    list(train(digits(epochs=2), tmp_path))
+    (tmp_path / "result.json").unlink()
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path)
+    spoil(state)
+    torch.save(state, path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError) as error:
+        list(train(digits(epochs=2), tmp_path))
+    assert str(path) in str(error.value) and message in str(error.value)
+    assert contents(tmp_path) == before
+
+
+def test_the_options_of_an_optimizer_are_those_of_the_config_whatever_a_checkpoint_says(tmp_path: Path) -> None:
+    list(train(digits(epochs=2), tmp_path / "whole"))
+    run = train(digits(epochs=2), tmp_path / "stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "SAVE_EVERY", 0.0)
+        next(run)
+        run.close()
+    path = tmp_path / "stopped" / "checkpoint.pt"
+    state = torch.load(path)
+    state["optimizer"]["param_groups"][0].update(momentum="x", weight_decay=7.0)
+    torch.save(state, path)
+    list(train(digits(epochs=2), tmp_path / "stopped"))
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("mask", [torch.ones(3, 3, dtype=torch.bool), torch.ones(8, 64), None])
+def test_masks_that_do_not_fit_are_refused_by_file(tmp_path: Path, mask: Tensor | None) -> None:
+    list(train(digits(sparsity=0.5, epochs=1), tmp_path))
+    path, name = tmp_path / "model.safetensors", "0.parametrizations.weight.0.mask"
+    weights = load_weights(path)
+    weights.pop(name) if mask is None else weights.update({name: mask})
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=r"model.safetensors does not hold the weights of this run's network"):
+        load_run(tmp_path)

@@ -27,7 +27,7 @@ def track(records: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> 
         style: dict[str, Any] = {"markersize": 4, "linewidth": 2} if i == 0 else {"markersize": 2, "linewidth": 1}
         label = ("λ₁, the largest", "the next" if len(curves) > 2 else "λ₂")[i] if i < 2 else None
         axes.plot(epochs, curve, "o-", color="C0", alpha=1 if i == 0 else 0.4, label=label, **style)
-    thresholds = [2 / record["lr"] for record in records]
+    thresholds = [2 / record["lr"] if record["lr"] else math.nan for record in records]
     # A level per epoch, from its start to its end: the value of an epoch is that at its end.
     edges = [epochs[0] - 1, *epochs]
     axes.stairs(thresholds, edges, baseline=None, color="C3", linestyle="--", linewidth=1.5, label="2/lr")

@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 
+from samlite.files import described
 from samlite.tasks import cifar10, digits, games, imagenet, mnist, molpcba, pos, sst2, synthetic, vit
 from samlite.tasks.task import Recipe, Splits, Task, TensorData
 
@@ -22,4 +23,4 @@ def get(name: str) -> Task:
         return TASKS[name]
     near = get_close_matches(str(name), TASKS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}{hint}")
+    raise ValueError(f"task must be one of {', '.join(TASKS)}, got {described(name)}{hint}")

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 # Seeds of environments, no two alike: those of training are drawn from what is above
 TRAIN, VALIDATION, TEST, MEASURED, TRAINING = 1_000, 2_000, 3_000, 4_000, 1_000_000
 
+MOST = {  # of the settings that are counts: far beyond is a slip of the pen, and takes for ever
+    "environments": 1_000,
+    **dict.fromkeys(("steps", "iterations", "passes"), 1_000_000),
+    "frames": 1_000_000_000,
+}
+
 
 class ClippedObjective(nn.Module):
     """The objective of PPO, to be minimised.
@@ -179,9 +185,11 @@ class Game(Task):
         if ranks.world() > 1:
             raise ValueError(f"task {self.name} trains in one process, got {ranks.world()}; start it without torchrun")
         settings = dict(config.settings)
-        for name in ("environments", "steps", "iterations", "passes", "frames"):
+        for name, most in MOST.items():
             if settings[name] < 1 or settings[name] % 1:
                 raise ValueError(f"setting {name} must be an integer >= 1, got {settings[name]:g}")
+            if settings[name] > most:
+                raise ValueError(f"setting {name} must be <= {most:,}, got {settings[name]:g}")
         for name in ("gamma", "lambda"):
             if not 0 <= settings[name] <= 1:
                 raise ValueError(f"setting {name} must be between 0 and 1, got {settings[name]:g}")

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from samlite.files import regular, regular_tree
+
 
 def load(source: str | None, task: str, extra: str, names: Sequence[str]) -> Any:
     """What `datasets.load_dataset` reads from a hub id or a folder, with the splits of these names in it.
@@ -19,6 +21,8 @@ def load(source: str | None, task: str, extra: str, names: Sequence[str]) -> Any
     datasets.disable_progress_bars()
     for name in ("datasets", "huggingface_hub"):  # what matters is in the exception
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    if source and Path(source).exists():
+        (regular_tree if Path(source).is_dir() else regular)(Path(source))
     try:
         splits = datasets.load_dataset(source)
     except Exception as error:  # the hub, the file system and the parsers each raise their own kinds

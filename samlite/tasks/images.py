@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from samlite.files import regular
 from samlite.tasks import hub
 from samlite.tasks.task import Splits, TensorData, hold_out
 
@@ -43,7 +44,7 @@ class Table:
         encoded = self.rows[row][self.column]
         try:
             content = encoded["bytes"]
-            stream = BytesIO(Path(encoded["path"]).read_bytes() if content is None else content)
+            stream = BytesIO(regular(Path(encoded["path"])).read_bytes() if content is None else content)
             return Image.open(stream).convert(mode)
         except Exception as error:  # a missing value, no image, or a broken one
             raise ValueError(f"{self.locate(row)}: not a readable image") from error

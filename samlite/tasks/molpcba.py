@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from samlite.files import regular
 from samlite.models import graph_network
 from samlite.tasks.graphs import LARGEST, Graph, GraphData, canonical, graph, molecule, scaffold, scaffold_split, silent
 from samlite.tasks.ranking import Ranking
@@ -58,7 +59,7 @@ def load(source: str | None, seed: int) -> Splits:
     with silent():
         if path.is_dir():
             rows, data = _benchmark(path)
-        elif path.is_file():
+        elif path.exists():
             rows, data = _table(path)
         else:
             raise ValueError(
@@ -174,7 +175,7 @@ def _rows(path: Path) -> Iterator[list[str]]:
     """The rows of a csv file, compressed or not, as text; blank lines do not count."""
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+        with opened(regular(path), "rt", encoding="utf-8-sig", newline="") as file:
             found = False
             for row in csv.reader(file):
                 if row:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from samlite.files import regular
 from samlite.models import tagger
-from samlite.tasks.sequences import Sequences, hide, padded
+from samlite.tasks.sequences import LONGEST, Sequences, hide, padded
 from samlite.tasks.task import Accuracy, Recipe, Splits, Task, hold_out
 
 # fmt: off
@@ -67,7 +68,7 @@ def _file(folder: Path, split: str) -> Path:
 def _read(path: Path) -> list[Sentence]:
     """The sentences of a file: its words, without multiword tokens (1-2) and empty nodes (1.1)."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = regular(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} must be UTF-8 text, which byte {error.start} is not") from error
     sentences: list[Sentence] = []
@@ -84,6 +85,8 @@ def _read(path: Path) -> list[Sentence]:
         elif started:
             if not sentence:
                 raise ValueError(f"{place}: a sentence must have words before it ends, got none")
+            if len(sentence) > LONGEST:
+                raise ValueError(f"{place}: a sentence must have at most {LONGEST} words, got {len(sentence)}")
             sentences.append(sentence)
             sentence, started = [], False
     if not sentences:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from samlite.tasks.task import Batch
 
+LONGEST = 1_000  # positions of a sequence: a batch takes time and memory with the square of its longest
 JITTER = 0.2  # of a length, before sequences of similar length are put together: batches differ from epoch to epoch
 
 

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from samlite.models import lstm
 from samlite.tasks.hub import open_splits
-from samlite.tasks.sequences import Sequences, hide, padded
+from samlite.tasks.sequences import LONGEST, Sequences, hide, padded
 from samlite.tasks.task import Accuracy, Recipe, Splits, Task
 
 WORDS = 15_000  # rows of the table at most: padding, the unknown word and the most frequent ones; the data have 14,816
@@ -42,6 +41,10 @@ def _phrases(table: Any, place: str) -> Phrases:
     for row, (text, label) in enumerate(rows):
         if not isinstance(text, str) or not text.split():
             raise ValueError(f"{place}, column 'sentence', row {row}: a sentence must have words, got {text!r}")
+        if (count := len(text.split())) > LONGEST:
+            raise ValueError(
+                f"{place}, column 'sentence', row {row}: a sentence must have at most {LONGEST} words, got {count}"
+            )
         if type(label) is not int or label not in (0, 1):
             raise ValueError(f"{place}, column 'label', row {row}: a label must be 0 or 1, got {label!r}")
     return [(text.split(), label) for text, label in rows]
@@ -54,14 +57,14 @@ def by_sentence(phrases: Phrases) -> tuple[Phrases, Phrases]:
     sentences, the phrases that are part of no other, are held out with all their parts that no other sentence has.
     """
     texts = [" ".join(words) for words, _ in phrases]
-    known = set(texts)
+    known, lengths = set(texts), {len(words) for words, _ in phrases}
     generator = torch.Generator().manual_seed(0)
     seen: set[str] = set()
     trained: set[str] = set()
     for words, _ in sorted(phrases, key=lambda phrase: -len(phrase[0])):
         if " ".join(words) in seen:
             continue
-        parts = {" ".join(words[i:j]) for i, j in combinations(range(len(words) + 1), 2)} & known
+        parts = {" ".join(words[i : i + n]) for n in lengths for i in range(len(words) - n + 1)} & known
         seen |= parts
         if torch.rand((), generator=generator) >= HELD_OUT:
             trained |= parts
