@@ -214,6 +214,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Traces>(m, "Traces")
       .def_readonly("values", &Traces::values)
       .def_readonly("errors", &Traces::errors)
+      .def_readonly("unit", &Traces::unit)
       .def_readonly("probes", &Traces::probes)
       .def_readonly("matvecs", &Traces::matvecs)
       .def_readonly("converged", &Traces::converged);
