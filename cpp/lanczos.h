@@ -52,8 +52,8 @@ class Lanczos {
                              const std::vector<Interval>& rest) const;
   double distance(const std::vector<double>& values, const std::vector<double>& residuals,
                   const std::vector<Interval>& rest) const;
-  // Every restart rounds the factorisation once more.
-  double rounding() const { return rounding_error(eps_, norm_) * std::sqrt(1.0 + static_cast<double>(restarts_)); }
+  // Restarts round the factorisation again: eight of them as much as its products, in trials.
+  double rounding() const { return rounding_error(eps_, norm_) * std::sqrt(1 + static_cast<double>(restarts_) / 8); }
   void see(double norm);
   double wanted(double value) const;
   bool full() const { return locked_ + size_ == rows_ - 1; }

@@ -13,16 +13,19 @@ Tensor CountedMatVec::operator()(const Tensor& v) {
                     "the product must be like its vector, ", v.toString(), v.sizes(), " on ", v.device(), ", got ",
                     w.toString(), w.sizes(), " on ", w.device());
   ++count_;
-  if (unit_ == 0) measure(w);
+  if (unit_ == 0) measure(v, w);
   if (unit_ == 0) return at::zeros_like(w);  // beside any larger product it is
   return unit_ == 1 ? w : w.mul(1 / unit_);
 }
 
-void CountedMatVec::measure(const Tensor& w) {
+void CountedMatVec::measure(const Tensor& v, const Tensor& w) {
+  const auto largest = [](const Tensor& t) { return at::linalg_vector_norm(t, INFINITY); };
+  const Tensor sizes = at::stack({largest(v), largest(w)}).to(at::kCPU, at::kDouble);
+  if (!std::isfinite(sizes.const_data_ptr<double>()[0])) return;  // behind a breakdown, which a solver sees later
   const bool is_double = w.scalar_type() == at::kDouble;
   const int64_t margin = 16;  // in powers of two: for what is smaller than the product on the way to it
   least_ = std::ldexp(is_double ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min(), margin);
-  const double size = at::linalg_vector_norm(w, INFINITY).item<double>();
+  const double size = sizes.const_data_ptr<double>()[1];
   check_finite(size, count_);
   largest_ = std::max(largest_, size);
   if (largest_ < least_) return;
@@ -44,6 +47,11 @@ void Eigenpairs::multiply(double unit) {
 
 Tensor random_vector(int64_t p, at::Generator generator, const at::TensorOptions& options) {
   return at::randn({p}, std::move(generator), options.device(at::kCPU)).to(options.device());
+}
+
+Tensor safe_norm(const Tensor& v) {
+  const Tensor largest = at::linalg_vector_norm(v, INFINITY);
+  return at::linalg_vector_norm(v / at::where(largest > 0, largest, 1)) * largest;
 }
 
 void orthonormalise(Tensor v, const Tensor& X) {

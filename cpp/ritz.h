@@ -52,7 +52,7 @@ class CountedMatVec {
   double unit() const;
 
  private:
-  void measure(const Tensor& w);
+  void measure(const Tensor& v, const Tensor& w);
 
   MatVec apply_;
   int64_t limit_;
@@ -62,6 +62,9 @@ class CountedMatVec {
 
 // A Gaussian vector, drawn on the host, so that a seed means the same vector on every device.
 Tensor random_vector(int64_t p, at::Generator generator, const at::TensorOptions& options);
+
+// The 2-norm, whose squares neither underflow nor overflow: ().
+Tensor safe_norm(const Tensor& v);
 
 // v: (p,) made orthogonal to the orthonormal rows of X: (n, p), and a unit vector, in place. Two passes leave it
 // orthogonal to rounding ("twice is enough"), whatever cancelled in the first.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from samlite.moments import OfMoments, Unit
-from samlite.operator import Eigenvalues, Operator, Progress, compiled
+from samlite.operator import Operator, Progress, compiled, ldexp
 
 if TYPE_CHECKING:
     from samlite.hessian import Hessian
@@ -64,7 +64,7 @@ class Stability:
 
 
 class MixtureOperator(OfMoments):
-    """c_0 I + c_1 M_1 + c_2 M_2 + ... of a model's present weights."""
+    """c_0 I + c_1 M_1 + c_2 M_2 + ... of a model's present weights, of Hessians over 2^(the moments' exponent)."""
 
     def __init__(self, hessian: Hessian, coefficients: Sequence[float], unit: Unit) -> None:
         super().__init__(hessian, unit)
@@ -75,12 +75,19 @@ class MixtureOperator(OfMoments):
 
 
 class Analysis:
-    """The eigenproblems behind a verdict, and what they cost."""
+    """The eigenproblems behind a verdict, and what they cost, of Hessians over 2^exponent.
+
+    All but the exponent is in that unit, as powers of large and of small Hessians overflow and underflow: eigenvalues
+    of A are over 2^exponent, learning rates and radii times that.
+    """
 
     def __init__(
         self, hessian: Hessian, rho: float, unit: Unit, tol: float, seed: int, progress: Progress | None
     ) -> None:
         self.hessian, self.unit, self.tol, self.seed, self.progress = hessian, unit, tol, seed, progress
+        self.exponent = int(hessian._samples(unit).operator.exponent())
+        rho = ldexp(rho, self.exponent)
+        self.rho = rho
         self.first = [0.0, 1.0, rho] if rho else [0.0, 1.0]  # A by its coefficients
         self.second = [0.0, 0.0, 1.0, 2 * rho, rho**2] if rho else [0.0, 0.0, 1.0]  # B
         # Directions of little curvature may decide stability, so eigenvalues are found to far less than `tol` of the
@@ -110,7 +117,7 @@ class Analysis:
         assert found.vectors is not None
         return float(found.values[0]) - scale, float(found.errors[0]), found.vectors[:, 0]
 
-    def count(self, found: Eigenvalues) -> None:
+    def count(self, found: Any) -> None:
         """Take a solve into the account."""
         self.matvecs += found.matvecs
         self.converged &= found.converged
@@ -168,32 +175,33 @@ def stability(
     """See `Hessian.stability`."""
     began = time.perf_counter()
     analysis = Analysis(hessian, rho, unit, tol, seed, progress)
+    exponent, rate = analysis.exponent, ldexp(lr, analysis.exponent)
     top = analysis.mixed(1, 0).eigenvalues(1, tol=tol, vectors=True, seed=seed, progress=progress)
     analysis.count(top)
     assert top.vectors is not None
     scale = float(top.values[0])
     if scale > 0:
         opposite, opposite_error, _ = analysis.largest(-1, 0, scale)
-        full, error, _ = analysis.largest(-2, lr, 2 * scale)
+        full, error, _ = analysis.largest(-2, rate, 2 * scale)
         convex = opposite <= opposite_error
         mu, mu_error = analysis.pencil(top.vectors[:, 0]) if convex else (math.nan, math.nan)
         convex = convex and not math.isnan(mu)
         max_lr, max_lr_error = 2 / mu, 2 / mu * mu_error / mu
         margin = full
-        if full <= error and lr < max_lr - max_lr_error:  # so it is not above zero
-            margin, error = analysis.on_range(lr, 2 * scale)
+        if full <= error and rate < max_lr - max_lr_error:  # so it is not above zero
+            margin, error = analysis.on_range(rate, 2 * scale)
     else:  # no curvature at all moves nothing; none but negative curvature is no minimum
         convex = scale >= -float(top.errors[0])
         full = margin = 0.0
         error, max_lr, max_lr_error = 0.0, math.inf if convex else math.nan, 0.0
-    bounds = _bounds(analysis, lr, rho)
+    bounds = _bounds(analysis, rate)
     return Stability(
-        _verdict(convex, lr, margin, error, max_lr, max_lr_error),
-        1 + lr * max(full, margin),
-        margin,
-        error,
-        max_lr,
-        max_lr_error,
+        _verdict(convex, rate, margin, error, max_lr, max_lr_error),
+        1 + rate * max(full, margin),
+        ldexp(margin, exponent),
+        ldexp(error, exponent),
+        ldexp(max_lr, -exponent),
+        ldexp(max_lr_error, -exponent),
         bounds,
         lr,
         rho,
@@ -216,23 +224,26 @@ def _verdict(convex: bool, lr: float, margin: float, error: float, max_lr: float
     return "undecided"
 
 
-def _bounds(analysis: Analysis, lr: float, rho: float) -> dict[str, Bound]:
+def _bounds(analysis: Analysis, lr: float) -> dict[str, Bound]:
     """Of the paper: conditions on sharpness and non-uniformity that stability implies."""
-    hessian, unit = analysis.hessian, analysis.unit
+    hessian, unit, rho = analysis.hessian, analysis.unit, analysis.rho
 
-    def largest(operator: Operator) -> float:
-        found = operator.eigenvalues(1, tol=analysis.tol, seed=analysis.seed, progress=analysis.progress)
+    def largest(operator: Operator, power: int) -> float:
+        found, exponent, _ = operator._eigenpairs(tol=analysis.tol, seed=analysis.seed, progress=analysis.progress)
         analysis.count(found)
-        return float(found.values[0])
+        return ldexp(float(found.values[0]), exponent - power * analysis.exponent)
 
-    a = largest(hessian)
-    bounds = {"a (1 + rho a) <= 2 / lr": Bound(a * (1 + rho * a), 2 / lr)}
+    def bound(value: float, limit: float, power: int) -> Bound:
+        return Bound(ldexp(value, power * analysis.exponent), ldexp(limit, power * analysis.exponent))
+
+    a = largest(hessian, 1)
+    bounds = {"a (1 + rho a) <= 2 / lr": bound(a * (1 + rho * a), 2 / lr, 1)}
     if lr > 2 * rho:
-        power = largest(hessian.moment_operator(2, unit))
-        bounds["s_2^2 <= 1 / (lr (lr - 2 rho))"] = Bound(power, 1 / (lr * (lr - 2 * rho)))
+        power = largest(hessian.moment_operator(2, unit), 2)
+        bounds["s_2^2 <= 1 / (lr (lr - 2 rho))"] = bound(power, 1 / (lr * (lr - 2 * rho)), 2)
         if rho:
-            power = largest(hessian.moment_operator(3, unit))
-            bounds["s_3^3 <= 1 / (2 lr^2 rho)"] = Bound(power, 1 / (2 * lr**2 * rho))
-            power = largest(hessian.moment_operator(4, unit))
-            bounds["s_4^4 <= 1 / (lr^2 rho^2)"] = Bound(power, 1 / (lr * rho) ** 2)
+            power = largest(hessian.moment_operator(3, unit), 3)
+            bounds["s_3^3 <= 1 / (2 lr^2 rho)"] = bound(power, 1 / (2 * lr**2 * rho), 3)
+            power = largest(hessian.moment_operator(4, unit), 4)
+            bounds["s_4^4 <= 1 / (lr^2 rho^2)"] = bound(power, 1 / (lr * rho) ** 2, 4)
     return bounds
