@@ -91,8 +91,9 @@ class Analysis:
         self.first = [0.0, 1.0, rho] if rho else [0.0, 1.0]  # A by its coefficients
         self.second = [0.0, 0.0, 1.0, 2 * rho, rho**2] if rho else [0.0, 0.0, 1.0]  # B
         # Directions of little curvature may decide stability, so eigenvalues are found to far less than `tol` of the
-        # largest one.
-        self.fine = max(1e-3 * tol, 100 * torch.finfo(hessian.params[0].dtype).eps)
+        # largest one; to rounding, where a Krylov space spans them all.
+        small = hessian.shape[0] <= _STEPS
+        self.fine = max(0 if small else 1e-3 * tol, 100 * torch.finfo(hessian.params[0].dtype).eps)
         self.matvecs, self.converged = 0, True
 
     def mixed(self, a: float, b: float, shift: float = 0.0) -> MixtureOperator:
@@ -130,12 +131,14 @@ class Analysis:
         a, scale = self.quotients(v)
         mu = scale / a
         start: Tensor | None = v
+        rounding = 10 * torch.finfo(v.dtype).eps
         for _ in range(_NEWTON):
             excess, error, v = self.largest(-mu, 1, scale, start=start)
             below, above = self.quotients(v)
             if below < -2 * error:  # negative curvature that the tolerance of the smallest eigenvalue hid
                 return math.nan, math.nan
-            if excess > error and above > mu * (1 + self.tol) * below > 0:
+            # Steps may be far below `tol` while it is still far to go: only the excess tells.
+            if excess > error and above > mu * (1 + rounding) * below > 0:
                 a, mu, start = below, above / below, v
             elif start is not None:
                 start = None  # what a search that starts from v cannot see, one from a random start may
@@ -164,7 +167,7 @@ class Analysis:
         if not real.any():
             return 0.0, rounding
         margin, residual = float(found.nodes[real][-1]), float(found.residuals[real][-1])  # in ascending order
-        if margin > 0 or float(found.residuals.max()) == 0:
+        if margin > 0 or (real.all() and float(found.residuals.max()) == 0):
             return margin, residual + rounding
         return margin, abs(margin)
 
