@@ -53,7 +53,7 @@ Lanczos::Lanczos(MatVec apply, const Tensor& like, int64_t p, Options options)
       options_(std::move(options)),
       generator_(at::detail::createCPUGenerator(options_.seed)),
       p_(p),
-      rows_(std::max(2 * options_.k + 2, std::min(options_.basis, p + 1))),
+      rows_(std::max(2 * options_.k + 2, std::min(options_.basis, options_.start ? 2 * p : p + 1))),
       eps_(epsilon(like)),
       V_(at::empty({rows_, p}, like.options())),
       H_(at::zeros({rows_, rows_}, like.options().dtype(at::kDouble))),

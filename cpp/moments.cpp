@@ -414,12 +414,16 @@ int64_t Moments::measure() {
   return graphs_.measure([&](const auto& graph) { graph->add(out[0].add(1), out); });
 }
 
+void OfMoments::see(const Tensor& size, const Tensor& v) {
+  const Tensor unit = size / at::linalg_vector_norm(v);
+  size_ = size_.defined() ? at::fmax(size_, unit) : unit;
+}
+
 Tensor Centred::apply(const Tensor& v) {
   const Tensor moments = moments_->apply(v, order_);
   Tensor power = moments[0];
   for (int64_t k = 1; k < order_; ++k) power = moments_->apply(power, 1)[0];
-  const Tensor size = safe_norm(moments[order_ - 1]) / at::linalg_vector_norm(v);
-  size_ = size_.defined() ? at::fmax(size_, size) : size;
+  see(at::fmax(safe_norm(moments[order_ - 1]), safe_norm(power)), v);
   return moments[order_ - 1] - power;
 }
 
@@ -428,7 +432,12 @@ Tensor Mixture::apply(const Tensor& v) {
   Tensor out = v * coefficients_[0];
   if (order == 0) return out;
   const Tensor moments = moments_->apply(v, order);
-  for (int64_t k = 1; k <= order; ++k) out.add_(moments[k - 1], coefficients_[k]);
+  Tensor size = safe_norm(out);
+  for (int64_t k = 1; k <= order; ++k) {
+    out.add_(moments[k - 1], coefficients_[k]);
+    size = size + safe_norm(moments[k - 1]) * std::abs(coefficients_[k]);
+  }
+  see(size, v);
   return out;
 }
 

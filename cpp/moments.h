@@ -155,9 +155,16 @@ class OfMoments : public Operator {
   explicit OfMoments(std::shared_ptr<Moments> moments) : moments_(std::move(moments)) {}
   const Tensor& like() const override { return moments_->like(); }
   int64_t numel() const override { return moments_->numel(); }
+  double scale() const override { return size_.defined() ? size_.item<double>() : 0; }
 
  protected:
+  // The terms of a product with v were as large as this.
+  void see(const Tensor& size, const Tensor& v);
+
   std::shared_ptr<Moments> moments_;
+
+ private:
+  Tensor size_;  // of the terms, for a unit v: the largest so far
 };
 
 // M_order - H^order, over 2^exponent().
@@ -166,11 +173,9 @@ class Centred : public OfMoments {
   Centred(std::shared_ptr<Moments> moments, int64_t order) : OfMoments(std::move(moments)), order_(order) {}
   Tensor apply(const Tensor& v) override;
   int64_t exponent() override { return order_ * moments_->exponent(); }
-  double scale() const override { return size_.defined() ? size_.item<double>() : 0; }
 
  private:
   int64_t order_;
-  Tensor size_;  // the largest |M_order v| of a unit v
 };
 
 // c_0 I + c_1 M_1 + c_2 M_2 + ... of the H_i over 2^(the exponent of the moments).

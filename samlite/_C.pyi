@@ -104,9 +104,7 @@ def chain(
     outputs: Sequence[Tensor],
     cuts: Sequence[Tensor],
 ) -> Powers: ...
-def whole(
-    curvature: Curvature, weight: float, mean: bool, params: Sequence[Tensor], exponent: int = 0
-) -> Powers: ...
+def whole(curvature: Curvature, weight: float, mean: bool, params: Sequence[Tensor], exponent: int = 0) -> Powers: ...
 
 class Moments:
     def __init__(

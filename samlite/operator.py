@@ -314,12 +314,15 @@ class Operator:
                     torch.cat([rows.double(), nn.functional.pad(row, (0, steps - len(row)))[None]])
                     for rows, row in ((nodes, found.nodes), (weights, found.weights))
                 )
-                exponent = operator.exponent()
                 probes, exhausted = len(nodes), len(nodes) >= 3 and matvecs + steps > max_matvecs
                 if probes < look and not exhausted:
                     continue
                 look += max(1, look // 4)
-                grid, curves, sigma = _smoothed(_multiplied(nodes, exponent), weights, width, points)
+                # In a unit near the largest node, as the squares of large densities overflow.
+                unit = math.frexp(float(nodes.abs().max()))[1]
+                exponent = unit + operator.exponent()
+                scaled_width = None if width is None else ldexp(width, -exponent)
+                grid, curves, sigma = _smoothed(_ldexp(nodes, -unit), weights, scaled_width, points)
                 mean, stderr = curves.mean(0), curves.std(0) * (student_t(probes - 1) / 1.96) / math.sqrt(probes)
                 error = float(stderr.mean() / mean.mean())
                 if progress:
@@ -327,7 +330,9 @@ class Operator:
                 if error <= tol or exhausted:
                     break
         work = self._work(time.perf_counter() - began)
-        nodes = _multiplied(nodes, exponent)
+        grid, nodes = _multiplied(grid, exponent), _multiplied(nodes, exponent - unit)
+        mean, stderr = _multiplied(mean, -exponent), _ldexp(stderr, -exponent)
+        sigma = ldexp(sigma, exponent)
         return Density(grid, mean, stderr, nodes, weights, sigma, probes, error <= tol, matvecs, **work)
 
     def _traces(
@@ -434,12 +439,16 @@ def _power(traces: Any, order: int, exponent: int) -> tuple[float, float]:
     return ldexp(value, order * exponent), ldexp(error, order * exponent)
 
 
+def _ldexp(block: Tensor, exponent: int) -> Tensor:
+    half = exponent // 2  # as 2^exponent itself may not be a number
+    return block * 2.0**half * 2.0 ** (exponent - half)
+
+
 def _multiplied(block: Tensor, exponent: int) -> Tensor:
     """block * 2^exponent, column by column within the numbers that its type holds."""
     if exponent == 0:
         return block
-    half = exponent // 2  # as 2^exponent itself may not be a number
-    result = block * 2.0**half * 2.0 ** (exponent - half)
+    result = _ldexp(block, exponent)
     kind, before, after = torch.finfo(block.dtype), block.abs().amax(0), result.abs().amax(0)
     require(
         bool(((before == 0) | ~before.isfinite() | ((after >= kind.tiny) & after.isfinite())).all()),

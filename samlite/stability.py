@@ -145,7 +145,7 @@ class Analysis:
             else:
                 return mu, (max(excess, 0.0) + error) / a + self.tol * mu
         self.converged = False
-        return mu, (max(excess, 0.0) + error) / a + self.tol * mu
+        return mu, math.inf
 
     def on_range(self, lr: float, scale: float) -> tuple[float, float]:
         """The largest eigenvalue of lr B - 2 A on the range of A, and its error, where none was found above zero.
