@@ -313,9 +313,10 @@ Lanczos::Verdict Lanczos::probe(int64_t locked, const Range& range) {
   return !decided ? Verdict::undecided : missed ? Verdict::missed : Verdict::clear;
 }
 
-// What the search has to show to hold the rest of the spectrum. On the side asked for it ends at the k-th value and what
-// is not known of that. Error bounds that use a gap need it to be empty: the range ends below them by as much as they
-// need to converge, and below the k-th by at least a quarter of the gap that is known, which costs next to nothing.
+// The range that the search has to show to hold the rest of the spectrum. On the side asked for it ends at the k-th
+// value and what is not known of that. A bound that uses a gap needs the gap to be empty: the range ends below each
+// value by as much as its bound needs to converge, and below the k-th by at least a quarter of the gap that is known,
+// which costs next to nothing.
 Range Lanczos::range_of_rest() const {
   const double error = bounds(values_, residuals_, rest_).back(), last = values_.back();
   const double most = rank(last, options_.which) + std::max(error, options_.tol * std::abs(last)) + 2 * rounding();

@@ -12,7 +12,7 @@
 
 namespace samlite {
 
-struct Range {
+struct Range {  // of eigenvalues
   double low, high;
 };
 

@@ -151,6 +151,8 @@ class Operator:
                 5 to 10 more products where the rest of the spectrum lies below; default for k > 1. With False, error
                 bounds take it that no two eigenvalues are closer than their residual. By default a single eigenvalue
                 is held to its residual, which needs no such trust; that it is the largest only verify=True shows.
+                With True, a bound uses a gap only where the search has shown it to be empty; where the search did
+                not finish (`complete` is False), errors are residuals.
             start: eigenvectors (p,) or (p, s) of a nearby Hessian, such as that of the last epoch.
             basis: vectors held at once, at least 2k + 2; default 100 + 2k, fewer where they would exceed `memory`.
             max_matvecs: where products run out, `converged` is False and the errors say how far it got; default 1000,

@@ -13,6 +13,7 @@ What overtakes abruptly beside steady eigenvectors may be missed for some measur
 `Hessian.eigenvalues(verify=True)`.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -86,7 +87,8 @@ class Tracker:
             v = v - X @ (X.T @ v)
             v = v / v.norm()
         w = self.hessian @ v
-        self.outsider = w if w.any() else v
+        # Over a power of two, as the squares of a large or small product overflow or underflow.
+        self.outsider = w * 2.0 ** -math.frexp(float(w.abs().max()))[1] if w.any() else v
         return v if float(v @ w) > last + TOL * abs(last) else None
 
 
