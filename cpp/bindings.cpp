@@ -79,8 +79,8 @@ std::shared_ptr<Hessian> make_hessian(std::vector<Tensor> params, std::function<
 }
 
 std::shared_ptr<Moments> make_moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind,
-                                      Next<Powers> next, bool batches, int64_t memory, Sum sum) {
-  return std::make_shared<Moments>(std::move(params), std::move(rewind), std::move(next), batches, memory,
+                                      Next<Powers> next, bool batches, int64_t memory, int64_t exponent, Sum sum) {
+  return std::make_shared<Moments>(std::move(params), std::move(rewind), std::move(next), batches, memory, exponent,
                                    check_signals, std::move(sum));
 }
 
@@ -101,8 +101,8 @@ std::shared_ptr<Powers> make_chain(const Tensor& loss, std::vector<std::shared_p
 }
 
 std::shared_ptr<Powers> make_whole(std::shared_ptr<Curvature> curvature, double weight, bool mean,
-                                   std::vector<Tensor> params) {
-  return std::make_shared<Whole>(std::move(curvature), weight, mean, std::move(params));
+                                   std::vector<Tensor> params, int64_t exponent) {
+  return std::make_shared<Whole>(std::move(curvature), weight, mean, std::move(params), exponent);
 }
 
 Tensor powers(const std::shared_ptr<Powers>& graph, const Tensor& v, int64_t order) {
@@ -155,7 +155,8 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("matvecs", &Eigenpairs::matvecs);
 
   py::class_<Operator, std::shared_ptr<Operator>>(m, "Operator")
-      .def("apply", torch::wrap_pybind_function_no_gil(&Operator::apply), py::arg("v"));
+      .def("apply", torch::wrap_pybind_function_no_gil(&Operator::apply), py::arg("v"))
+      .def("exponent", torch::wrap_pybind_function_no_gil(&Operator::exponent));
   py::class_<Callable, Operator, std::shared_ptr<Callable>>(m, "Callable")
       .def(py::init<MatVec, Tensor, int64_t>(), py::arg("function"), py::arg("like"), py::arg("dimension"));
 
@@ -199,11 +200,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("chain", torch::wrap_pybind_function_no_gil(make_chain), py::arg("loss"), py::arg("sites"), py::arg("samples"),
         py::arg("params"), py::arg("outputs"), py::arg("cuts"));
   m.def("whole", torch::wrap_pybind_function_no_gil(make_whole), py::arg("curvature"), py::arg("weight"),
-        py::arg("mean"), py::arg("params"));
+        py::arg("mean"), py::arg("params"), py::arg("exponent") = 0);
   py::class_<Moments, std::shared_ptr<Moments>> moments(m, "Moments");
   moments
       .def(py::init(&make_moments), py::arg("params"), py::arg("rewind"), py::arg("next"), py::arg("batches"),
-           py::arg("memory"), py::arg("sum") = nullptr)
+           py::arg("memory"), py::arg("exponent") = 0, py::arg("sum") = nullptr)
+      .def("exponent", torch::wrap_pybind_function_no_gil(&Moments::exponent))
+      .def("suitable_exponent", torch::wrap_pybind_function_no_gil(&Moments::suitable_exponent))
       .def("apply", torch::wrap_pybind_function_no_gil(&Moments::apply), py::arg("v"), py::arg("order"))
       .def("ascent", torch::wrap_pybind_function_no_gil(&Moments::ascent));
   bind_graphs(moments);
@@ -218,6 +221,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Traces>(m, "Traces")
       .def_readonly("values", &Traces::values)
       .def_readonly("errors", &Traces::errors)
+      .def_readonly("unit", &Traces::unit)
       .def_readonly("probes", &Traces::probes)
       .def_readonly("matvecs", &Traces::matvecs)
       .def_readonly("converged", &Traces::converged);

@@ -53,7 +53,7 @@ Lanczos::Lanczos(MatVec apply, const Tensor& like, int64_t p, Options options)
       options_(std::move(options)),
       generator_(at::detail::createCPUGenerator(options_.seed)),
       p_(p),
-      rows_(std::max(2 * options_.k + 2, std::min(options_.basis, p + 1))),
+      rows_(std::max(2 * options_.k + 2, std::min(options_.basis, options_.start ? 2 * p : p + 1))),
       eps_(epsilon(like)),
       V_(at::empty({rows_, p}, like.options())),
       H_(at::zeros({rows_, rows_}, like.options().dtype(at::kDouble))),
@@ -71,6 +71,10 @@ Eigenpairs Lanczos::solve() {
   // A breakdown ends in an invariant subspace, which proves nothing about the rest of the spectrum.
   if ((options_.verify || broke_down_) && distance(values_, residuals_, rest_) <= 0) search();
 
+  // Gaps are known where a search that finished shows them, and taken on trust where none was asked for.
+  const bool trusted = !options_.verify && distance(values_, residuals_, rest_) <= 0;
+  if (!complete_.value_or(trusted)) rest_.clear();
+
   Eigenpairs result;
   result.values = values_;
   result.residuals = residuals_;
@@ -79,6 +83,7 @@ Eigenpairs Lanczos::solve() {
   result.complete = complete_;
   result.vectors = V_.narrow(0, 0, options_.k).clone();
   result.matvecs = apply_.count();
+  result.multiply(apply_.unit());
   return result;
 }
 
@@ -127,8 +132,7 @@ void Lanczos::look() {
     const int64_t row = locked_ + j;
     double square = beta[row] * beta[row];
     for (int64_t i = 0; i <= row; ++i) square += H[i][row] * H[i][row];
-    check_finite(square, apply_.count());
-    norm_ = std::max(norm_, std::sqrt(square));
+    see(std::sqrt(square));
     // Relative to the size of H: what is left of H v is rounding, and its direction means nothing.
     const double tiny = 10 * eps_ * norm_;
     const bool breakdown = beta[row] <= tiny;
@@ -148,10 +152,20 @@ void Lanczos::look() {
     }
   }
   looked_ = size_;
-  if (options_.scale) norm_ = std::max(norm_, options_.scale());
-  ritz_ = ritz(coefficients_.narrow(0, locked_, size_).narrow(1, locked_, size_), options_.which);
+  if (options_.scale) see(options_.scale() / apply_.unit());
+  ritz_ = ritz(coefficients_.narrow(0, locked_, size_).narrow(1, locked_, size_), [&](double x) { return wanted(x); });
   coupling_ = ritz_.vectors[size_ - 1].mul(last);
   residual_ = to_vector(coupling_.abs());
+}
+
+// The larger, the more wanted: in a search, what is farthest outside of the range.
+double Lanczos::wanted(double value) const {
+  return range_ ? std::max(value - range_->high, range_->low - value) : rank(value, options_.which);
+}
+
+void Lanczos::see(double norm) {
+  check_finite(norm, apply_.count());
+  norm_ = std::max(norm_, norm);
 }
 
 // Keeps the best Ritz pairs and the residual direction q: H X^T = X^T Theta + q b^T is again of the Lanczos
@@ -187,7 +201,9 @@ bool Lanczos::extend(int64_t wanted, int64_t first_look, Distance distance) {
     if (now <= 0 || spanned()) return true;
     if (apply_.exhausted() && size_ >= wanted) return false;
     stride = std::isfinite(now) ? std::clamp<int64_t>(static_cast<int64_t>(now / std::log(30)), 1, 4) : 1;
-    if (full()) restart(wanted + (size_ - wanted) / 2);
+    if (!full()) continue;
+    restart(wanted + (size_ - wanted) / 2);
+    ++restarts_;
   }
 }
 
@@ -248,6 +264,7 @@ void Lanczos::certify() {
   const double b = coupling_.narrow(0, 0, k).dot(signs).item<double>();
   const Tensor expected = X.t().mv(theta * c).add_(*q_, b);
   const double mismatch = at::linalg_vector_norm(apply_(X.t().mv(c)) - expected).item<double>();
+  check_finite(mismatch, apply_.count());
   auto certified = residuals_;
   for (auto& r : certified) r = std::hypot(r, std::sqrt(k) * mismatch);
   if (distance(values_, residuals_, rest_) <= 0 && !(distance(values_, certified, rest_) <= 0)) {
@@ -265,25 +282,26 @@ double Lanczos::Hypothesis::growth() const {
   return std::sqrt(square);
 }
 
-// Searches the complement of the first `locked` rows for an eigenvalue beyond the bar, from a fresh random
+// Searches the complement of the first `locked` rows for an eigenvalue outside of the range, from a fresh random
 // start v_0. If u is an eigenvector there with eigenvalue mu, the recurrence fixes all its coordinates up to
 // c = u . v_0, and as their squares sum to at most 1, |c| <= 1/growth(mu). For a random start that has a
-// probability of at most sqrt(2p/pi)/growth; growth rises with mu, so the bar itself is the worst case. A few
-// products suffice where the rest of the spectrum lies well below; where it touches the bar, as many as
+// probability of at most sqrt(2p/pi)/growth; growth rises with mu, so the end of the range is the worst case. A few
+// products suffice where the rest of the spectrum lies well inside; where it touches the end, as many as
 // resolve it.
-Lanczos::Verdict Lanczos::probe(int64_t locked, double bar) {
+Lanczos::Verdict Lanczos::probe(int64_t locked, const Range& range) {
   const double needed = std::sqrt(2 * static_cast<double>(p_) / M_PI) / kMissProbability;
   locked_ = locked;
   size_ = 0;
   if (spanned()) return Verdict::clear;
   if (apply_.exhausted()) return Verdict::undecided;
   hypotheses_.clear();
-  if (options_.which != Which::SA) hypotheses_.push_back({bar, {1.0}});
-  if (options_.which != Which::LA) hypotheses_.push_back({-bar, {1.0}});
+  if (options_.which != Which::SA) hypotheses_.push_back({range.high, {1.0}});
+  if (options_.which != Which::LA) hypotheses_.push_back({range.low, {1.0}});
+  range_ = range;
   begin(random());
   bool missed = false;
   const bool decided = extend(1, 3, [&] {
-    missed = rank(ritz_.values[0], options_.which) > bar;
+    missed = wanted(ritz_.values[0]) > 0;
     if (missed && locked > options_.k) return -kInfinity;
     if (missed) return distance({ritz_.values[0]}, {residual_[0]}, intervals(ritz_.values, residual_, 1));
     double growth = kInfinity;
@@ -291,14 +309,39 @@ Lanczos::Verdict Lanczos::probe(int64_t locked, double bar) {
     return std::log(needed / growth);
   });
   hypotheses_.clear();
+  range_.reset();
   return !decided ? Verdict::undecided : missed ? Verdict::missed : Verdict::clear;
 }
 
-// The bar is the k-th value and what is not known of it.
-double Lanczos::bar() const {
-  const double last = values_.back();
-  const double error = bounds(values_, residuals_, rest_).back();
-  return rank(last, options_.which) + std::max(error, options_.tol * std::abs(last)) + 2 * rounding();
+// The range that the search has to show to hold the rest of the spectrum. On the side asked for it ends at the k-th
+// value and what is not known of that. A bound that uses a gap needs the gap to be empty: the range ends below each
+// value by as much as its bound needs to converge, and below the k-th by at least a quarter of the gap that is known,
+// which costs next to nothing.
+Range Lanczos::range_of_rest() const {
+  const double error = bounds(values_, residuals_, rest_).back(), last = values_.back();
+  const double most = rank(last, options_.which) + std::max(error, options_.tol * std::abs(last)) + 2 * rounding();
+  Range range{-4 * norm_, 4 * norm_};
+  if (options_.which != Which::SA) range.high = most;
+  if (options_.which != Which::LA) range.low = -most;
+  for (int64_t i = 0; options_.separated && i < options_.k; ++i) {
+    const double value = values_[i], r = residuals_[i];
+    const double side = options_.which == Which::LA || (options_.which == Which::LM && value > 0) ? 1 : -1;
+    // Of the error without its rounding, a little less than what `distance` lets pass.
+    const double limit =
+        (1 - 1e-6) * std::max(allowed(value, options_.tol, eps_, norm_), 2 * rounding()) - rounding();
+    double depth = r > limit ? r * (r / limit) : 0;
+    if (i == options_.k - 1) {
+      double gap = rest_.empty() ? 0 : kInfinity;
+      for (const auto& other : rest_) gap = std::min(gap, side * (value - other.value) - other.residual);
+      depth = std::max(depth, gap / 4);
+    }
+    if (depth <= 2 * rounding()) continue;
+    if (side > 0)
+      range.high = std::min(range.high, value - depth);
+    else
+      range.low = std::max(range.low, value + depth);
+  }
+  return range;
 }
 
 // Whether the complement of all kept Ritz vectors X is clear, which takes about half the products of the
@@ -306,38 +349,38 @@ double Lanczos::bar() const {
 // b^T, the eigenvalues of H beyond mu number those of Theta plus those of the Schur complement P H P + q b^T
 // (mu - Theta)^{-1} b q^T (Sylvester's law of inertia): one rank-one term accounts for X being no exact
 // invariant subspace.
-Lanczos::Verdict Lanczos::probe_beyond_kept() {
+Lanczos::Verdict Lanczos::probe_beyond_kept(const Range& range) {
   const auto kept = static_cast<int64_t>(kept_pairs_.size());
   if (kept <= options_.k || options_.which == Which::LM) return Verdict::undecided;
-  const double limit = bar(), mu = options_.which == Which::LA ? limit : -limit;
+  const double mu = options_.which == Which::LA ? range.high : range.low;
   double weight = 0;
   for (const auto& [theta, b] : kept_pairs_) weight += b * b / (mu - theta);
   if (!(std::abs(weight) < norm_)) return Verdict::undecided;
   correction_ = weight;
-  const Verdict verdict = probe(kept, limit);
+  const Verdict verdict = probe(kept, range);
   correction_ = 0;
   return verdict;
 }
 
-// Whether the error bounds hold beside what the search found below the bar: a neighbour just below the k-th value
-// may void its gap.
-bool Lanczos::settled() {
-  auto known = rest_;
-  const auto found = intervals(ritz_.values, residual_, 0);
-  if (size_ > 0) known.insert(known.end(), found.begin(), found.end());
-  if (distance(values_, residuals_, known) > 0) return false;
-  rest_ = known;
+// Whether the error bounds hold where the rest of the spectrum is known to lie in the range, and no more.
+bool Lanczos::settled(const Range& range) {
+  const std::vector<Interval> rest{{(range.high + range.low) / 2, (range.high - range.low) / 2}};
+  if (distance(values_, residuals_, rest) > 0) return false;
+  rest_ = rest;
   return true;
 }
 
 void Lanczos::search() {
-  complete_ = false;
-  bool clear = probe_beyond_kept() == Verdict::clear && settled();
+  complete_ = options_.k == p_;
+  if (*complete_) return rest_.clear();
+  Range range = range_of_rest();
+  bool clear = probe_beyond_kept(range) == Verdict::clear && settled(range);
   q_.reset();
   while (!clear) {
-    const Verdict verdict = probe(options_.k, bar());
+    range = range_of_rest();
+    const Verdict verdict = probe(options_.k, range);
     if (verdict == Verdict::undecided) return;
-    clear = verdict == Verdict::clear && settled();
+    clear = verdict == Verdict::clear && settled(range);
     if (!clear) merge();
   }
   complete_ = true;
@@ -381,11 +424,11 @@ void Lanczos::refine(int64_t count) {
     W[size_].copy_(apply_(V[size_]));
   }
   while (true) {
-    ritz_ = ritz(V.narrow(0, 0, size_).mm(W.narrow(0, 0, size_).t()).to(at::kCPU, at::kDouble), options_.which);
+    ritz_ = ritz(V.narrow(0, 0, size_).mm(W.narrow(0, 0, size_).t()).to(at::kCPU, at::kDouble),
+                 [&](double x) { return wanted(x); });
     residual_ = residual_norms(V, W, ritz_, std::min(k + 1, size_));
-    norm_ = std::max(norm_, std::hypot(std::abs(ritz_.values[0]), residual_[0]));
-    if (options_.scale) norm_ = std::max(norm_, options_.scale());
-    check_finite(norm_, apply_.count());
+    see(std::hypot(std::abs(ritz_.values[0]), residual_[0]));
+    if (options_.scale) see(options_.scale() / apply_.unit());
     values_ = head(ritz_.values, k);
     residuals_ = head(residual_, k);
     rest_ = intervals(ritz_.values, residual_, k);

@@ -6,9 +6,15 @@
 // vector.
 #pragma once
 
+#include <cmath>
+
 #include "ritz.h"
 
 namespace samlite {
+
+struct Range {  // of eigenvalues
+  double low, high;
+};
 
 class Lanczos {
  public:
@@ -29,10 +35,10 @@ class Lanczos {
   void krylov();
   void certify();
   enum class Verdict { clear, missed, undecided };
-  Verdict probe(int64_t locked, double bar);
-  Verdict probe_beyond_kept();
-  double bar() const;
-  bool settled();
+  Range range_of_rest() const;
+  Verdict probe(int64_t locked, const Range& range);
+  Verdict probe_beyond_kept(const Range& range);
+  bool settled(const Range& range);
   void search();
   void merge();
   void refine(int64_t count);
@@ -46,7 +52,10 @@ class Lanczos {
                              const std::vector<Interval>& rest) const;
   double distance(const std::vector<double>& values, const std::vector<double>& residuals,
                   const std::vector<Interval>& rest) const;
-  double rounding() const { return rounding_error(eps_, norm_); }
+  // Restarts round the factorisation again: eight of them as much as its products, in trials.
+  double rounding() const { return rounding_error(eps_, norm_) * std::sqrt(1 + static_cast<double>(restarts_) / 8); }
+  void see(double norm);
+  double wanted(double value) const;
   bool full() const { return locked_ + size_ == rows_ - 1; }
   bool spanned() const { return locked_ + size_ == p_; }
 
@@ -67,7 +76,7 @@ class Lanczos {
   Tensor H_;     // (rows, rows) float64: column j holds V (H v_j), so T is its lower right block
   Tensor beta_;  // (rows,) float64: norm of what orthogonalisation left of H v_j
 
-  int64_t locked_ = 0, size_ = 0, looked_ = 0;
+  int64_t locked_ = 0, size_ = 0, looked_ = 0, restarts_ = 0;
   double norm_ = 0;  // largest |H v| seen: a lower bound of ||H||
   bool broke_down_ = false;
   Tensor coefficients_;           // H_ on the host, as of the last look
@@ -75,6 +84,7 @@ class Lanczos {
   Tensor coupling_;               // b of every Ritz pair: H x = theta x + b q
   std::vector<double> residual_;  // |b|
   std::vector<Hypothesis> hypotheses_;
+  std::optional<Range> range_;  // that the search looks beyond
 
   std::vector<std::pair<double, double>> kept_pairs_;  // values and couplings of the Ritz vectors in V_, k or more
   std::optional<Tensor> q_;                            // the residual direction that they share

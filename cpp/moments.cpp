@@ -4,6 +4,9 @@
 #include <torch/csrc/autograd/engine.h>
 
 #include <algorithm>
+#include <limits>
+
+#include "ritz.h"
 
 namespace samlite {
 
@@ -319,15 +322,30 @@ Tensor Chain::slope(const std::vector<Direction>& direction) const {
   return sum;
 }
 
+// Each sample's derivatives over the largest of them, which is returned: (n,). Squares of small ones underflow.
+Tensor Chain::shrink(std::vector<Dots>& dots) const {
+  Tensor largest = at::zeros({n_}, params_[0].options().requires_grad(false));
+  for (const auto& dot : dots)
+    for (const auto& t : {dot.delta, dot.a})
+      if (t.defined()) largest = at::maximum(largest, t.abs().reshape({n_, -1}).amax(1));
+  largest.masked_fill_(largest == 0, 1);
+  for (auto& dot : dots)
+    for (auto* t : {&dot.delta, &dot.a})
+      if (t->defined()) *t = *t / per_sample(largest, t->dim());
+  return largest;
+}
+
 // The gradient of a sample is a direction with delta in place of delta', and no a'.
 Tensor Chain::ascent() const {
   if (outputs_) return at::full({n_}, NAN, params_[0].options().requires_grad(false));
   std::vector<Dots> dots;
   for (const auto& site : sites_) dots.push_back({site->delta_first_, Tensor()});
+  shrink(dots);
   normalise(dots);
   const auto gradient = directions(dots);
   auto along = step(gradient);
-  return slope(directions(along)) / slope(gradient);
+  const Tensor size = shrink(along);
+  return slope(directions(along)) / slope(gradient) * size;
 }
 
 void Whole::add(const Tensor& v, Tensor& out) {
@@ -337,15 +355,17 @@ void Whole::add(const Tensor& v, Tensor& out) {
     Tensor next = at::zeros_like(u);
     auto sums = views(next, params_);
     curvature_->add_product(views(u, params_), sums);
+    if (unit_ != 1) next.mul_(1 / unit_);
     u = mean_ ? next.div_(weight_) : next;
     out[k].add_(u, mean_ ? weight_ : 1);
   }
 }
 
 Moments::Moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind, Next<Powers> next, bool batches,
-                 int64_t memory, std::function<void()> check_signals, Sum sum)
+                 int64_t memory, int64_t exponent, std::function<void()> check_signals, Sum sum)
     : params_(std::move(params)),
       batches_(batches),
+      exponent_(exponent),
       graphs_(std::move(rewind), stream(std::move(next)), params_.at(0).device(), memory, std::move(check_signals),
               std::move(sum)) {
   for (const auto& p : params_) numel_ += p.numel();
@@ -361,8 +381,10 @@ Tensor Moments::apply(const Tensor& v, int64_t order) {
   });
   graphs_.sum(out);
   if (batches_) return out.div_(graphs_.weight());
-  const double n = total(samples), share = n / graphs_.weight();
-  for (int64_t k = 0; k < order; ++k) out[k].mul_(std::pow(share, static_cast<double>(k + 1)) / n);
+  const double n = total(samples);
+  int power = 0;
+  const double mantissa = 2 * std::frexp(share(), &power);  // its power of two is in exponent()
+  for (int64_t k = 0; k < order; ++k) out[k].mul_(std::pow(mantissa, static_cast<double>(k + 1)) / n);
   return out;
 }
 
@@ -371,7 +393,31 @@ double Moments::total(int64_t samples) {
   return *samples_;
 }
 
-Tensor Moments::ascent() {
+double Moments::share() { return *samples_ / graphs_.weight(); }
+
+int64_t Moments::exponent() {
+  if (batches_) return exponent_;
+  if (!samples_) apply(at::zeros({numel_}, params_[0].options().requires_grad(false)), 1);
+  return exponent_ + std::ilogb(share());
+}
+
+// |M v| of a Gaussian v is about the Frobenius norm of M. The Hessians of samples may cancel in M_1, but not in M_2.
+// Orders up to 8 of a matrix within 2^12 of one are safe in float32.
+int64_t Moments::suitable_exponent() {
+  const int far = 12;
+  const Tensor v = random_vector(numel_, at::detail::createCPUGenerator(0), params_[0].options().requires_grad(false));
+  const auto exponent = [&](int64_t order) {
+    const double size = safe_norm(apply(v, order)[order - 1]).item<double>();
+    check_finite(size, order);
+    return size > 0 ? static_cast<int>(std::ilogb(size) / order) : std::numeric_limits<int>::min();
+  };
+  int found = exponent(1);
+  if (found == std::numeric_limits<int>::min() || std::abs(found) <= far) found = std::max(found, exponent(2));
+  if (found == std::numeric_limits<int>::min() || std::abs(found) <= far) return exponent_;
+  return exponent_ + found;
+}
+
+double Moments::ascent() {
   Tensor sum, count;
   int64_t samples = 0;
   graphs_.pass([&](const auto& graph) {
@@ -384,15 +430,20 @@ Tensor Moments::ascent() {
   const Tensor counted = count.to(sum.scalar_type()).view({1});
   graphs_.sum(sum);
   graphs_.sum(counted);
-  return (sum / counted)[0] * (total(samples) / graphs_.weight());
+  total(samples);
+  return std::ldexp((sum / counted).item<double>() * share(), static_cast<int>(exponent_));
+}
+
+void OfMoments::see(const Tensor& size, const Tensor& v) {
+  const Tensor unit = size / at::linalg_vector_norm(v);
+  size_ = size_.defined() ? at::fmax(size_, unit) : unit;
 }
 
 Tensor Centred::apply(const Tensor& v) {
   const Tensor moments = moments_->apply(v, order_);
   Tensor power = moments[0];
   for (int64_t k = 1; k < order_; ++k) power = moments_->apply(power, 1)[0];
-  const Tensor size = at::linalg_vector_norm(moments[order_ - 1]) / at::linalg_vector_norm(v);
-  size_ = size_.defined() ? at::fmax(size_, size) : size;
+  see(at::fmax(safe_norm(moments[order_ - 1]), safe_norm(power)), v);
   return moments[order_ - 1] - power;
 }
 
@@ -401,7 +452,12 @@ Tensor Mixture::apply(const Tensor& v) {
   Tensor out = v * coefficients_[0];
   if (order == 0) return out;
   const Tensor moments = moments_->apply(v, order);
-  for (int64_t k = 1; k <= order; ++k) out.add_(moments[k - 1], coefficients_[k]);
+  Tensor size = safe_norm(out);
+  for (int64_t k = 1; k <= order; ++k) {
+    out.add_(moments[k - 1], coefficients_[k]);
+    size = size + safe_norm(moments[k - 1]) * std::abs(coefficients_[k]);
+  }
+  see(size, v);
   return out;
 }
 

@@ -49,8 +49,8 @@ class Powers {
   virtual ~Powers() = default;
   // out[k] += the sum of H_i^(k+1) v over its samples, H_i not yet scaled. v: (p,), out: (orders, p).
   virtual void add(const Tensor& v, Tensor& out) = 0;
-  // g_i^T H_i g_i / |g_i|^2 along each sample's own gradient, H_i not yet scaled: (samples,); nan where it is not
-  // known.
+  // g_i^T H_i g_i / |g_i|^2 along each sample's own gradient, H_i not yet scaled: (samples,); nan where g_i is 0 or
+  // it is not known.
   virtual Tensor ascent() const = 0;
   virtual int64_t samples() const = 0;
   // The tensors that it keeps, some with a graph behind them, and about what one step takes beside them.
@@ -92,6 +92,7 @@ class Chain : public Powers {
   void add_mean(const std::vector<Dots>& dots, const std::vector<Direction>& direction, const Tensor& scale,
                 std::vector<Tensor>& out) const;
   Tensor normalise(std::vector<Dots>& dots) const;
+  Tensor shrink(std::vector<Dots>& dots) const;
 
   std::vector<std::shared_ptr<Site>> sites_;
   int64_t n_;
@@ -104,9 +105,13 @@ class Chain : public Powers {
 // A batch as one sample.
 class Whole : public Powers {
  public:
-  // mean: H is that of the loss over its weight, and counts by its weight.
-  Whole(std::shared_ptr<Curvature> curvature, double weight, bool mean, std::vector<Tensor> params)
-      : curvature_(std::move(curvature)), weight_(weight), mean_(mean), params_(std::move(params)) {}
+  // mean: H is that of the loss over its weight, and counts by its weight; exponent: H is taken over 2^exponent.
+  Whole(std::shared_ptr<Curvature> curvature, double weight, bool mean, std::vector<Tensor> params, int64_t exponent)
+      : curvature_(std::move(curvature)),
+        weight_(weight),
+        mean_(mean),
+        params_(std::move(params)),
+        unit_(std::ldexp(1, static_cast<int>(exponent))) {}
   void add(const Tensor& v, Tensor& out) override;
   Tensor ascent() const override { return at::full({1}, NAN, params_[0].options().requires_grad(false)); }
   int64_t samples() const override { return 1; }
@@ -118,15 +123,22 @@ class Whole : public Powers {
   double weight_;
   bool mean_;
   std::vector<Tensor> params_;
+  double unit_;
 };
 
-// M_k v = (1/n) sum_i H_i^k v over a data set; with `batches`, i runs over batches by their weight.
+// M_k v = (1/n) sum_i H_i^k v over a data set; with `batches`, i runs over batches by their weight. Powers of large and
+// of small H_i overflow and underflow, so all are those of H_i / 2^exponent().
 class Moments {
  public:
+  // exponent: the graphs that `next` gives are those of losses over 2^exponent.
   Moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind, Next<Powers> next, bool batches,
-          int64_t memory, std::function<void()> check_signals, Sum sum = {});
+          int64_t memory, int64_t exponent, std::function<void()> check_signals, Sum sum = {});
   Tensor apply(const Tensor& v, int64_t order);  // -> (order, p): M_1 v, ..., M_order v
-  Tensor ascent();                               // the mean of g_i^T H_i g_i / |g_i|^2 where g_i is not 0: ()
+  double ascent();                               // the mean of g_i^T H_i g_i / |g_i|^2 where g_i is not 0
+  int64_t exponent();                            // takes a pass, the first time
+  // The exponent of the losses that brings the H_i to a size of about one, where powers are not safe as they are: ask
+  // again with that. Takes two products.
+  int64_t suitable_exponent();
   int64_t numel() const { return numel_; }
   const Tensor& like() const { return params_.at(0); }
   auto& graphs() { return graphs_; }
@@ -136,7 +148,9 @@ class Moments {
   bool batches_;
   int64_t numel_ = 0;
   double total(int64_t samples);  // over all processes, as counted in a pass
+  double share();                 // H = (1/n) sum_i share * (that of sample i's loss)
 
+  int64_t exponent_;
   std::optional<double> samples_;
   Graphs<std::shared_ptr<Powers>> graphs_;
 };
@@ -147,24 +161,30 @@ class OfMoments : public Operator {
   explicit OfMoments(std::shared_ptr<Moments> moments) : moments_(std::move(moments)) {}
   const Tensor& like() const override { return moments_->like(); }
   int64_t numel() const override { return moments_->numel(); }
+  double scale() const override { return size_.defined() ? size_.item<double>() : 0; }
 
  protected:
+  // The terms of a product with v were as large as this.
+  void see(const Tensor& size, const Tensor& v);
+
   std::shared_ptr<Moments> moments_;
+
+ private:
+  Tensor size_;  // of the terms, for a unit v: the largest so far
 };
 
-// M_order - H^order.
+// M_order - H^order, over 2^exponent().
 class Centred : public OfMoments {
  public:
   Centred(std::shared_ptr<Moments> moments, int64_t order) : OfMoments(std::move(moments)), order_(order) {}
   Tensor apply(const Tensor& v) override;
-  double scale() const override { return size_.defined() ? size_.item<double>() : 0; }
+  int64_t exponent() override { return order_ * moments_->exponent(); }
 
  private:
   int64_t order_;
-  Tensor size_;  // the largest |M_order v| of a unit v
 };
 
-// c_0 I + c_1 M_1 + c_2 M_2 + ...
+// c_0 I + c_1 M_1 + c_2 M_2 + ... of the H_i over 2^(the exponent of the moments).
 class Mixture : public OfMoments {
  public:
   Mixture(std::shared_ptr<Moments> moments, std::vector<double> coefficients)

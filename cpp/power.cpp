@@ -68,7 +68,8 @@ Eigenpairs power_iteration(MatVec multiply, const Tensor& like, int64_t p, const
   Tensor X = at::empty({0, p}, like.options());
 
   // More than half of the norm is enough for the shift.
-  const double norm = std::max(estimate_norm(apply, random()), options.scale ? options.scale() : 0);
+  double norm = estimate_norm(apply, random());
+  if (options.scale) norm = std::max(norm, options.scale() / apply.unit());
   const double rounding = rounding_error(eps, norm);
   const double shift = options.which == Which::LA ? norm : options.which == Which::SA ? -norm : 0;
 
@@ -88,6 +89,7 @@ Eigenpairs power_iteration(MatVec multiply, const Tensor& like, int64_t p, const
   }
   result.vectors = X;
   result.converged = within(result.values, result.errors, options.tol, eps, norm);
+  result.multiply(apply.unit());
   result.matvecs = apply.count();
   return result;
 }

@@ -24,8 +24,12 @@ Tensor random_signs(int64_t p, at::Generator generator, const at::TensorOptions&
 Tensor widening(const Tensor& samples) {
   const double z = 1.959964, n = static_cast<double>(samples.size(0));
   const double first = (z * z + 1) / 4, second = (5 * std::pow(z, 4) + 16 * z * z + 3) / 96;
-  const Tensor centred = samples - samples.mean(0);
-  const Tensor skewness = centred.pow(3).mean(0) / centred.square().mean(0).pow(1.5).clamp_min(1e-300);
+  Tensor centred = samples - samples.mean(0);
+  const Tensor largest = centred.abs().amax(0);
+  const Tensor unit = largest / std::get<0>(at::frexp(largest));  // a power of two, as third powers may underflow
+  centred = centred.div_(at::where(largest > 0, unit, 1));
+  const Tensor variance = centred.square().mean(0);
+  const Tensor skewness = centred.pow(3).mean(0) / at::where(variance > 0, variance, 1).pow(1.5);
   const double weight = (std::pow(z, 4) + 2 * z * z - 3) / 18;
   return skewness.square().mul_(weight / n).add_(1 + first / (n - 1) + second / ((n - 1) * (n - 1)));
 }
@@ -71,8 +75,9 @@ Krylov krylov(CountedMatVec& apply, const Tensor& start, int64_t steps) {
   double norm = 0, last = 0;
   int64_t size = 0;
   do {
-    norm = std::max(norm, std::abs(scalar[0][size]) + std::abs(scalar[1][size]));
-    check_finite(norm, apply.count());
+    const double column = std::abs(scalar[0][size]) + std::abs(scalar[1][size]);
+    check_finite(column, apply.count());
+    norm = std::max(norm, column);
     last = scalar[1][size] > 10 * epsilon(start) * norm ? scalar[1][size] : 0;
   } while (++size < steps && last > 0);
   Tensor T = at::zeros({size, size}, at::kDouble);
@@ -119,6 +124,7 @@ Traces power_traces(MatVec multiply, const Tensor& like, int64_t p, int64_t orde
       if (result.errors[j] > 0) worst = std::max(worst, result.errors[j] / allowed);
     }
     result.matvecs = apply.count();
+    result.unit = apply.unit();
     // Twice in a row: the first time may be luck.
     result.converged = worst <= 1 && before <= 1;
     before = worst;
@@ -131,7 +137,7 @@ Measure spectral_measure(MatVec multiply, const Tensor& start, int64_t steps) {
   CountedMatVec apply(std::move(multiply), steps);
   const Krylov space = krylov(apply, start, steps);
   const auto [nodes, S] = at::linalg_eigh(space.T);
-  return {nodes, S[0].square(), S[-1].abs().mul(space.beta), apply.count()};
+  return {nodes.mul(apply.unit()), S[0].square(), S[-1].abs().mul(space.beta * apply.unit()), apply.count()};
 }
 
 }  // namespace samlite

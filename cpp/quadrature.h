@@ -18,7 +18,8 @@ struct ProbeOptions {
 };
 
 struct Traces {
-  std::vector<double> values, errors;  // of tr(H^j), j = 1 .. order
+  std::vector<double> values, errors;  // of tr((H / unit)^j), j = 1 .. order
+  double unit = 1;                     // a power of two
   int64_t probes = 0, matvecs = 0;
   bool converged = false;
 };
@@ -28,7 +29,7 @@ Traces power_traces(MatVec apply, const Tensor& like, int64_t p, int64_t order, 
                     const ProbeOptions& options);
 
 // An orthonormal basis V: (m, p) of a Krylov space, and T = V H V^T: (m, m) in float64 on the host. H V^T = V^T T + r
-// e^T with |r| = beta, which is 0 where the space of the start is exhausted.
+// e^T with |r| = beta, which is 0 where the space of the start is exhausted. H is over the unit of `apply`.
 struct Krylov {
   Tensor V, T;
   double beta = 0;

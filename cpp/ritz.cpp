@@ -13,11 +13,45 @@ Tensor CountedMatVec::operator()(const Tensor& v) {
                     "the product must be like its vector, ", v.toString(), v.sizes(), " on ", v.device(), ", got ",
                     w.toString(), w.sizes(), " on ", w.device());
   ++count_;
-  return w;
+  if (unit_ == 0) measure(v, w);
+  if (unit_ == 0) return at::zeros_like(w);  // beside any larger product it is
+  return unit_ == 1 ? w : w.mul(1 / unit_);
+}
+
+void CountedMatVec::measure(const Tensor& v, const Tensor& w) {
+  const auto largest = [](const Tensor& t) { return at::linalg_vector_norm(t, INFINITY); };
+  const Tensor sizes = at::stack({largest(v), largest(w)}).to(at::kCPU, at::kDouble);
+  if (!std::isfinite(sizes.const_data_ptr<double>()[0])) return;  // behind a breakdown, which a solver sees later
+  const bool is_double = w.scalar_type() == at::kDouble;
+  const int64_t margin = 16;  // in powers of two: for what is smaller than the product on the way to it
+  least_ = std::ldexp(is_double ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min(), margin);
+  const double size = sizes.const_data_ptr<double>()[1];
+  check_finite(size, count_);
+  largest_ = std::max(largest_, size);
+  if (largest_ < least_) return;
+  const int64_t most = is_double ? std::numeric_limits<double>::max_exponent : std::numeric_limits<float>::max_exponent;
+  unit_ = std::ldexp(1, static_cast<int>(std::min<int64_t>(std::ilogb(largest_), most - margin)));
+}
+
+double CountedMatVec::unit() const {
+  TORCH_CHECK_VALUE(unit_ > 0 || largest_ == 0, "the product H v must not underflow, got at most ", largest_,
+                    " where numbers below ", least_, " lose digits; multiply the loss by a power of two",
+                    least_ > 1e-100 ? ", or measure in float64" : "");
+  return unit_ > 0 ? unit_ : 1;
+}
+
+void Eigenpairs::multiply(double unit) {
+  for (auto* numbers : {&values, &errors, &residuals})
+    for (auto& number : *numbers) number *= unit;
 }
 
 Tensor random_vector(int64_t p, at::Generator generator, const at::TensorOptions& options) {
   return at::randn({p}, std::move(generator), options.device(at::kCPU)).to(options.device());
+}
+
+Tensor safe_norm(const Tensor& v) {
+  const Tensor largest = at::linalg_vector_norm(v, INFINITY);
+  return at::linalg_vector_norm(v / at::where(largest > 0, largest, 1)) * largest;
 }
 
 void orthonormalise(Tensor v, const Tensor& X) {
@@ -44,13 +78,13 @@ double rank(double value, Which which) {
   }
 }
 
-Ritz ritz(const Tensor& T, Which which) {
+Ritz ritz(const Tensor& T, const std::function<double(double)>& wanted) {
   const auto [theta, S] = at::linalg_eigh(T, "U");
   const auto* ascending = theta.const_data_ptr<double>();
   std::vector<int64_t> order(theta.numel());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t i, int64_t j) { return rank(ascending[i], which) > rank(ascending[j], which); });
+                   [&](int64_t i, int64_t j) { return wanted(ascending[i]) > wanted(ascending[j]); });
   Ritz result;
   for (const auto i : order) result.values.push_back(ascending[i]);
   result.vectors = S.index_select(1, at::tensor(order));

@@ -35,24 +35,36 @@ struct Eigenpairs {
   bool converged = false;
   std::optional<bool> complete;  // true: none was missed; false: the search did not finish; none: not searched
   int64_t matvecs = 0;
+  void multiply(double unit);
 };
 
-// An operator that counts its products and refuses results of the wrong shape.
+// An operator that counts its products, refuses results of the wrong shape or type, and brings the matrix to a size of
+// about one: products are those of H / unit(). So no square of a norm underflows or overflows, whatever the size of H,
+// and as the unit is a power of two, no digit changes. The unit follows from the first product that is not zero; only
+// that waits for the device.
 class CountedMatVec {
  public:
   CountedMatVec(MatVec apply, int64_t limit) : apply_(std::move(apply)), limit_(limit) {}
   Tensor operator()(const Tensor& v);
   int64_t count() const { return count_; }
   bool exhausted() const { return count_ >= limit_; }
+  // Raises ValueError where every product was so small that it has lost digits.
+  double unit() const;
 
  private:
+  void measure(const Tensor& v, const Tensor& w);
+
   MatVec apply_;
   int64_t limit_;
   int64_t count_ = 0;
+  double unit_ = 0, largest_ = 0, least_ = 0;  // |w|: the largest so far, and the least that has all its digits
 };
 
 // A Gaussian vector, drawn on the host, so that a seed means the same vector on every device.
 Tensor random_vector(int64_t p, at::Generator generator, const at::TensorOptions& options);
+
+// The 2-norm, whose squares neither underflow nor overflow: ().
+Tensor safe_norm(const Tensor& v);
 
 // v: (p,) made orthogonal to the orthonormal rows of X: (n, p), and a unit vector, in place. Two passes leave it
 // orthogonal to rounding ("twice is enough"), whatever cancelled in the first.
@@ -68,14 +80,14 @@ struct Interval {
 };
 
 struct Ritz {
-  std::vector<double> values;  // best first, in the order of `Which`
+  std::vector<double> values;  // most wanted first
   Tensor vectors;              // (m, m), column i belongs to values[i]
 };
 
 double rank(double value, Which which);  // the larger, the more wanted
 
 // Eigen-decomposition of the symmetric matrix whose upper triangle is that of T: (m, m), float64, host.
-Ritz ritz(const Tensor& T, Which which);
+Ritz ritz(const Tensor& T, const std::function<double(double)>& wanted);
 
 // Bounds on |value - eigenvalue|: min(r, r^2/gap) + rounding, where the gap reaches to the nearest interval
 // of any other Ritz value (Kato-Temple). Where intervals touch, or no value beyond the returned ones is

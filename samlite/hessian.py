@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -25,7 +24,7 @@ from samlite.batches import is_pair
 from samlite.curvature import Curves, Kind
 from samlite.losses import PROBE, Data, End, Loss, Losses
 from samlite.memory import free_bytes, parse_bytes
-from samlite.moments import Moments, OfMoments, Samples, Unit
+from samlite.moments import Moments, OfMoments, Samples, Unit, moments
 from samlite.operator import Operator, Progress, check_steady, compiled, require
 from samlite.ranks import Ranks
 from samlite.sharpness import Block, Sharpness, blocks, sharpness
@@ -117,26 +116,7 @@ class Hessian(Operator):
             ValueError: samples depend on each other (batch norm with batch statistics), or are not told apart.
         """
         require(isinstance(order, int) and 2 <= order <= 8, f"order must be between 2 and 8, got {order}")
-        began = time.perf_counter()
-        first = self.eigenvalues(1, tol=tol, seed=seed, progress=progress)
-        found = {
-            k: self.moment_operator(k, unit).eigenvalues(1, tol=tol, seed=seed, progress=progress)
-            for k in range(2, order + 1)
-        }
-        powers = {k: float(e.values[0]) for k, e in found.items()}
-        return Moments(
-            sharpness=float(first.values[0]),
-            nonuniformity={
-                k: power ** (1 / k) if power > float(found[k].errors[0]) else 0.0 for k, power in powers.items()
-            },
-            powers=powers,
-            errors={1: float(first.errors[0]), **{k: float(e.errors[0]) for k, e in found.items()}},
-            unit=unit,
-            fallback=self._samples(unit).fallback,
-            converged=first.converged and all(e.converged for e in found.values()),
-            matvecs=first.matvecs + sum(e.matvecs for e in found.values()),
-            **self._work(time.perf_counter() - began),
-        )
+        return moments(self, order, unit, tol, seed, progress)
 
     def stability(
         self,
@@ -229,8 +209,11 @@ class Hessian(Operator):
             unit == "sample" or not is_pair(self._data),
             "unit='batch' needs data in batches, got a pair of tensors; pass list(zip(x.split(128), y.split(128)))",
         )
-        with self._losses.neutral():
-            return self._samples_now(unit)
+        try:
+            with self._losses.neutral():
+                return self._samples_now(unit)
+        except RuntimeError as error:
+            raise self._explained(error) from error
 
     def _samples_now(self, unit: Unit) -> Samples:
         state = self._losses.state()

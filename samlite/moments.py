@@ -9,6 +9,8 @@ Definitions: s_k = lambda_max(M_k - H^k)^(1/k), after Wu, Ma and E, "How SGD sel
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from samlite.batches import Form, InputError, form, leaves, mapped, rows, sample
 from samlite.capture import Capture, Plan, UncoveredError, find_plan
 from samlite.curvature import Curves, Kind
 from samlite.losses import End, Losses
-from samlite.operator import Operator, check_steady
+from samlite.operator import Operator, Progress, check_steady, holds, ldexp
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -50,8 +52,8 @@ class OfMoments(Operator):
 
     @contextmanager
     def _products(self) -> Iterator[Any]:
+        moments = self._hessian._samples(self.unit).operator
         try:
-            moments = self._hessian._samples(self.unit).operator
             with self._hessian._losses.neutral():
                 yield self._made_of(moments)
         except RuntimeError as error:
@@ -76,6 +78,41 @@ class Moments:
     matvecs: int  # products with H and with M_k - H^k
     gradient_evaluations: float
     seconds: float
+
+
+def moments(hessian: Hessian, order: int, unit: Unit, tol: float, seed: int, progress: Progress | None) -> Moments:
+    """See `Hessian.moments`."""
+    began = time.perf_counter()
+    first = hessian.eigenvalues(1, tol=tol, seed=seed, progress=progress)
+    powers, errors, nonuniformity = {}, {1: float(first.errors[0])}, {}
+    converged, matvecs = first.converged, first.matvecs
+    for k in range(2, order + 1):
+        operator = hessian.moment_operator(k, unit)
+        found, exponent, _ = operator._eigenpairs(tol=tol, seed=seed, progress=progress)
+        power, error = found.values[0], found.errors[0]
+        # The root is taken of the matrix over 2^exponent, a multiple of k.
+        nonuniformity[k] = ldexp(power ** (1 / k), exponent // k) if power > error else 0.0
+        known = holds(max(abs(power), error), exponent)
+        if not known:
+            warnings.warn(
+                f"M_{k} - H^{k} is about 2^{exponent}, which a float64 does not hold: its power and error are nan; "
+                f"s_{k} is right",
+                stacklevel=3,
+            )
+        powers[k] = ldexp(power, exponent) if known else math.nan
+        errors[k] = ldexp(error, exponent) if known else math.nan
+        converged, matvecs = converged and found.converged, matvecs + found.matvecs
+    return Moments(
+        sharpness=float(first.values[0]),
+        nonuniformity=nonuniformity,
+        powers=powers,
+        errors=errors,
+        unit=unit,
+        fallback=hessian._samples(unit).fallback,
+        converged=converged,
+        matvecs=matvecs,
+        **hessian._work(time.perf_counter() - began),
+    )
 
 
 class Samples:
@@ -113,13 +150,27 @@ class Samples:
                     f"no per-sample rule for {reason}: every sample is measured by itself, exactly but slowly",
                     stacklevel=4,
                 )
-        self.operator = module.Moments(
-            losses.parameters, losses.rewind, self._next, batches=unit == "batch", memory=memory, sum=sum
-        )
+        self._exponent = 0
+        self.operator = self._moments(memory, sum)
         if self._plans and losses.divisible:
             losses.fit(self._step_bytes, memory)
         else:  # also forgets the probes
             losses.cut(losses.chunk, single=unit == "sample" and not self._plans)
+        while (exponent := self.operator.suitable_exponent()) != self._exponent:
+            self._exponent = exponent
+            self.operator = self._moments(memory, sum)
+
+    def _moments(self, memory: int, sum: Callable[[Tensor], None] | None) -> Any:
+        """The compiled moments, of losses over 2^exponent."""
+        return self._c.Moments(
+            self._losses.parameters,
+            self._losses.rewind,
+            self._next,
+            batches=self._unit == "batch",
+            memory=memory,
+            exponent=self._exponent,
+            sum=sum,
+        )
 
     def _next(self) -> tuple[Any, Tensor, float, int] | None:
         batch = self._losses.next_batch()
@@ -130,8 +181,8 @@ class Samples:
 
     def _powers(self, batch: Any) -> tuple[Any, Tensor, float]:
         if not self._plans:
-            return _whole(self._c, self._curves, batch, self._unit == "batch")
-        return _chain(self._c, self._curves, batch, self._plans[form(batch)])
+            return _whole(self._c, self._curves, batch, self._unit == "batch", self._exponent)
+        return _chain(self._c, self._curves, batch, self._plans[form(batch)], self._exponent)
 
     def _step_bytes(self, batch: Any) -> int:
         """Memory of a batch's graph and of a step through it."""
@@ -193,30 +244,43 @@ class Samples:
             raise UncoveredError("this model: its chains disagree with plain autograd")
 
 
-def _whole(c: ModuleType, curves: Curves, batch: Any, mean: bool) -> tuple[Any, Tensor, float]:
+def _whole(c: ModuleType, curves: Curves, batch: Any, mean: bool, exponent: int = 0) -> tuple[Any, Tensor, float]:
     curvature, total, weight = curves.whole(batch)
-    return c.whole(curvature, weight, mean, curves.losses.parameters), total, weight
+    return c.whole(curvature, weight, mean, curves.losses.parameters, exponent), total, weight
 
 
-def _chain(c: ModuleType, curves: Curves, batch: Any, plan: Plan) -> tuple[Any, Tensor, float]:
+def _chain(c: ModuleType, curves: Curves, batch: Any, plan: Plan, exponent: int = 0) -> tuple[Any, Tensor, float]:
     count, params = samples(batch), curves.losses.parameters
     capture = Capture(params, count, plan, taps=curves.kind == "hessian")
     total, weight, outputs, leaves = curves.total(batch, capture)
-    return c.chain(total, capture.sites, count, params, outputs, leaves), total.detach(), weight
+    with torch.enable_grad():
+        scaled = total * 2.0**-exponent if exponent else total
+    return c.chain(scaled, capture.sites, count, params, outputs, leaves), total.detach(), weight
 
 
 def _agree(c: ModuleType, curves: Curves, batch: Any, plan: Plan) -> bool:
     like = curves.losses.parameters[0]
     generator = torch.Generator(device="cpu").manual_seed(0)
-    v = torch.randn(sum(p.numel() for p in curves.losses.parameters), generator=generator, device="cpu")
+    v = torch.randn(
+        sum(p.numel() for p in curves.losses.parameters), generator=generator, dtype=torch.float32, device="cpu"
+    )
     v = v.to(like.device, like.dtype)
+
+    def plain(order: int, exponent: int = 0) -> Tensor:  # (samples, order, p)
+        each = []
+        for i in range(samples(batch)):
+            curves.losses.forget()
+            each.append(_whole(c, curves, rows(batch, slice(i, i + 1)), False, exponent)[0](v, order))
+        return torch.stack(each)
+
+    size = float(plain(1).abs().max())
+    if not math.isfinite(size):
+        return True  # which the first product says
+    exponent = math.frexp(size)[1]
     curves.losses.forget()
-    chain = _chain(c, curves, batch, plan)[0](v, 2)
-    plain = torch.zeros_like(chain)
-    for i in range(samples(batch)):
-        curves.losses.forget()
-        plain += _whole(c, curves, rows(batch, slice(i, i + 1)), False)[0](v, 2)
-    return bool(((chain - plain).norm(dim=1) <= _AGREEMENT[like.dtype] * plain.norm(dim=1) + 1e-30).all())
+    chain, right = _chain(c, curves, batch, plan, exponent)[0](v, 2), plain(2, exponent)
+    allowed = _AGREEMENT[like.dtype] * right.norm(dim=2).sum(0)
+    return bool(((chain - right.sum(0)).norm(dim=1) <= allowed).all())
 
 
 def _few(batch: Any) -> Any:

@@ -6,6 +6,7 @@ All of it comes from `samlite._C`, with an error bound or a standard error for e
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -94,22 +95,38 @@ class Operator:
                 f"v must be a tensor of shape ({self.shape[0]},) or ({self.shape[0]}, m), "
                 f"got {tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}"
             )
+        if v.is_complex():
+            return torch.complex(self @ v.real, self @ v.imag)
         like = self.params[0]
         v = v.detach().to(like.device, like.dtype)
         with self._products() as operator:
             columns = [operator.apply(column.contiguous()) for column in v.reshape(len(v), -1).T]
-        return columns[0] if v.dim() == 1 else torch.stack(columns, dim=1)
+            exponent = operator.exponent() if columns else 0
+        if v.dim() == 1:
+            return _multiplied(columns[0], exponent)
+        return _multiplied(torch.stack(columns, dim=1), exponent) if columns else torch.zeros_like(v)
 
     def to_scipy(self) -> LinearOperator:
-        """This operator for scipy.sparse.linalg, on numpy arrays of the parameters' type."""
+        """This operator for scipy.sparse.linalg, on numpy arrays; products have the parameters' type.
+
+        It is its own transpose and adjoint. Of complex vectors both parts are multiplied.
+        """
         import numpy as np
         from scipy.sparse.linalg import LinearOperator
 
-        def product(v: Any) -> Any:
-            return (self @ torch.from_numpy(np.ascontiguousarray(v))).cpu().numpy()
+        dtype = torch.empty(0, dtype=self.params[0].dtype, device="cpu").numpy().dtype
 
-        dtype = torch.empty(0, dtype=self.params[0].dtype).numpy().dtype
-        return LinearOperator(self.shape, matvec=lambda v: product(v.reshape(-1)), matmat=product, dtype=dtype)
+        def products(block: Any) -> Any:
+            if np.iscomplexobj(block):
+                return products(block.real) + 1j * products(block.imag)
+            return (self @ torch.from_numpy(np.array(block, dtype=dtype, order="C"))).cpu().numpy()
+
+        def product(v: Any) -> Any:
+            return products(v.reshape(-1))
+
+        return LinearOperator(
+            self.shape, matvec=product, rmatvec=product, matmat=products, rmatmat=products, dtype=dtype
+        )
 
     def eigenvalues(
         self,
@@ -134,12 +151,50 @@ class Operator:
                 5 to 10 more products where the rest of the spectrum lies below; default for k > 1. With False, error
                 bounds take it that no two eigenvalues are closer than their residual. By default a single eigenvalue
                 is held to its residual, which needs no such trust; that it is the largest only verify=True shows.
+                With True, a bound uses a gap only where the search has shown it to be empty; where the search did
+                not finish (`complete` is False), errors are residuals.
             start: eigenvectors (p,) or (p, s) of a nearby Hessian, such as that of the last epoch.
             basis: vectors held at once, at least 2k + 2; default 100 + 2k, fewer where they would exceed `memory`.
             max_matvecs: where products run out, `converged` is False and the errors say how far it got; default 1000,
                 or 10 k where that is more.
             progress: called with (products so far, worst error over what is allowed).
+
+        Raises:
+            ValueError: a product is not finite, or so small that it has lost digits.
         """
+        found, exponent, work = self._eigenpairs(
+            k, which, method, tol, verify, start, seed, basis, max_matvecs, progress
+        )
+        values, errors, residuals = (
+            torch.tensor([ldexp(x, exponent) for x in numbers], dtype=torch.float64, device="cpu")
+            for numbers in (found.values, found.errors, found.residuals)
+        )
+        _require_float64(max(abs(x) for x in found.values), exponent, "eigenvalues")
+        return Eigenvalues(
+            values=values,
+            errors=errors,
+            residuals=residuals,
+            vectors=found.vectors.T if vectors else None,
+            converged=found.converged,
+            complete=found.complete,
+            matvecs=found.matvecs,
+            **work,
+        )
+
+    def _eigenpairs(
+        self,
+        k: int = 1,
+        which: str = "LA",
+        method: str = "lanczos",
+        tol: float = 1e-3,
+        verify: bool | None = None,
+        start: Tensor | None = None,
+        seed: int = 0,
+        basis: int | None = None,
+        max_matvecs: int | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[Any, int, dict[str, float]]:
+        """(The compiled eigenpairs of this matrix over 2^exponent, the exponent, the work)."""
         p = self.shape[0]
         require(isinstance(k, int) and 1 <= k <= p, f"k must be between 1 and the dimension {p}, got {k}")
         require(which in ("LA", "SA", "LM"), f"which must be LA, SA or LM, got {which!r}")
@@ -164,17 +219,8 @@ class Operator:
         began = time.perf_counter()
         with self._products() as operator:
             found = compiled().eigenpairs(operator, options, which, method)
-        work = self._work(time.perf_counter() - began)
-        return Eigenvalues(
-            values=torch.tensor(found.values, dtype=torch.float64),
-            errors=torch.tensor(found.errors, dtype=torch.float64),
-            residuals=torch.tensor(found.residuals, dtype=torch.float64),
-            vectors=found.vectors.T if vectors else None,
-            converged=found.converged,
-            complete=found.complete,
-            matvecs=found.matvecs,
-            **work,
-        )
+            exponent = operator.exponent()
+        return found, exponent, self._work(time.perf_counter() - began)
 
     def trace(
         self,
@@ -192,8 +238,8 @@ class Operator:
                 out of its variance. Both are unbiased for any symmetric matrix.
             max_matvecs: where products run out, `converged` is False and the standard error says how far it got.
         """
-        found, work = self._traces(1, 1, tol, method, seed, max_matvecs, progress)
-        return Estimate(float(found.values[0]), float(found.errors[0]), **work)
+        found, exponent, work = self._traces(1, 1, tol, method, seed, max_matvecs, progress)
+        return Estimate(*_power(found, 1, exponent), **work)
 
     def frobenius(
         self,
@@ -207,10 +253,11 @@ class Operator:
         """The Frobenius norm, to a standard error of `tol` times its value; arguments as of `trace`."""
         require(0 < tol < 1, f"tol must be between 0 and 1, got {tol}")
         # The square root halves a relative error.
-        found, work = self._traces(2, 2, min(2 * tol, 0.99), method, seed, max_matvecs, progress)
+        found, exponent, work = self._traces(2, 2, min(2 * tol, 0.99), method, seed, max_matvecs, progress)
         square, error = found.values[1], found.errors[1]
         norm = math.sqrt(max(square, 0.0))
-        return Estimate(norm, error / (2 * norm) if norm > 0 else math.sqrt(error), **work)
+        stderr = error / (2 * norm) if norm > 0 else math.sqrt(error)
+        return Estimate(ldexp(norm, exponent), ldexp(stderr, exponent), **work)
 
     def spectral_moments(
         self,
@@ -224,9 +271,11 @@ class Operator:
     ) -> Estimate[Tensor]:
         """tr(H^j) / p for j = 1 .. order, all to a standard error of `tol` times its value; arguments as of `trace`."""
         require(isinstance(order, int) and 1 <= order <= 20, f"order must be between 1 and 20, got {order}")
-        found, work = self._traces(order, 1, tol, method, seed, max_matvecs, progress)
-        p = self.shape[0]
-        values, errors = (torch.tensor(x, dtype=torch.float64) / p for x in (found.values, found.errors))
+        found, exponent, work = self._traces(order, 1, tol, method, seed, max_matvecs, progress)
+        powers = torch.tensor(
+            [_power(found, j, exponent) for j in range(1, order + 1)], dtype=torch.float64, device="cpu"
+        )
+        values, errors = powers.T / self.shape[0]
         return Estimate(values, errors, **work)
 
     def density(
@@ -256,13 +305,13 @@ class Operator:
         require(isinstance(points, int) and points >= 2, f"points must be >= 2, got {points}")
         p = self.shape[0]
         steps = max(2, min(steps, p, self.memory // (p * self.params[0].element_size())))
-        generator = torch.Generator().manual_seed(seed)
-        nodes, weights, matvecs = torch.zeros(0, steps), torch.zeros(0, steps), 0
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        nodes, weights, matvecs = (*torch.zeros(2, 0, steps, dtype=torch.float64, device="cpu"), 0)
         began = time.perf_counter()
         with self._products() as operator:
             look = 3
             while True:
-                signs = torch.randint(0, 2, (p,), generator=generator) * 2.0 - 1
+                signs = torch.randint(0, 2, (p,), generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
                 found = compiled().spectral_measure(operator, signs.to(self.params[0]), steps)
                 matvecs += found.matvecs
                 nodes, weights = (
@@ -273,7 +322,11 @@ class Operator:
                 if probes < look and not exhausted:
                     continue
                 look += max(1, look // 4)
-                grid, curves, sigma = _smoothed(nodes, weights, width, points)
+                # In a unit near the largest node, as the squares of large densities overflow.
+                unit = math.frexp(float(nodes.abs().max()))[1]
+                exponent = unit + operator.exponent()
+                scaled_width = None if width is None else ldexp(width, -exponent)
+                grid, curves, sigma = _smoothed(_ldexp(nodes, -unit), weights, scaled_width, points)
                 mean, stderr = curves.mean(0), curves.std(0) * (student_t(probes - 1) / 1.96) / math.sqrt(probes)
                 error = float(stderr.mean() / mean.mean())
                 if progress:
@@ -281,12 +334,15 @@ class Operator:
                 if error <= tol or exhausted:
                     break
         work = self._work(time.perf_counter() - began)
+        grid, nodes = _multiplied(grid, exponent), _multiplied(nodes, exponent - unit)
+        mean, stderr = _multiplied(mean, -exponent), _ldexp(stderr, -exponent)
+        sigma = ldexp(sigma, exponent)
         return Density(grid, mean, stderr, nodes, weights, sigma, probes, error <= tol, matvecs, **work)
 
     def _traces(
         self, order: int, watched: int, tol: float, method: str, seed: int, limit: int, progress: Progress | None
-    ) -> tuple[Any, dict[str, Any]]:
-        """Traces of powers, and the work behind them."""
+    ) -> tuple[Any, int, dict[str, Any]]:
+        """(Traces of powers of this matrix over 2^exponent, the exponent, the work)."""
         require(0 < tol < 1, f"tol must be between 0 and 1, got {tol}")
         require(method in ("deflated", "hutchinson"), f"method must be 'deflated' or 'hutchinson', got {method!r}")
         require(limit >= 2 * order, f"max_matvecs must be >= {2 * order}, got {limit}")
@@ -296,8 +352,9 @@ class Operator:
         began = time.perf_counter()
         with self._products() as operator:
             found = compiled().power_traces(operator, order, watched, options)
+            exponent = operator.exponent() + math.frexp(found.unit)[1] - 1
         work = self._work(time.perf_counter() - began)
-        return found, {"probes": found.probes, "converged": found.converged, "matvecs": found.matvecs, **work}
+        return found, exponent, {"probes": found.probes, "converged": found.converged, "matvecs": found.matvecs, **work}
 
     def _work(self, seconds: float) -> dict[str, float]:
         """The fields that every result ends with."""
@@ -350,12 +407,59 @@ def check_steady(operator: Any) -> None:
 def _smoothed(nodes: Tensor, weights: Tensor, width: float | None, points: int) -> tuple[Tensor, Tensor, float]:
     """(points,) of the grid, each probe's density there, and the width of the Gaussian."""
     low, high = float(nodes.min()), float(nodes.max())
-    extent = max(high - low, abs(high), abs(low), 1e-30)
+    extent = max(high - low, abs(high), abs(low)) or 1e-30  # any, where all eigenvalues are 0
     # A rule of m nodes resolves about extent / m: a narrower Gaussian would show the nodes themselves.
     sigma = width or extent * max(0.01, 1 / nodes.shape[1])
-    grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, points, dtype=torch.float64)
+    grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, points, dtype=torch.float64, device="cpu")
     normal = torch.exp(-0.5 * ((grid[:, None, None] - nodes) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
     return grid, (normal * weights).sum(2).T, sigma
+
+
+def ldexp(number: float, exponent: int) -> float:
+    """number * 2^exponent, infinite or 0 beyond what a float64 holds."""
+    try:
+        return math.ldexp(number, exponent)
+    except OverflowError:
+        return math.copysign(math.inf, number)
+
+
+def holds(number: float, exponent: int) -> bool:
+    """Whether a float64 holds number * 2^exponent with all its digits."""
+    return number == 0 or sys.float_info.min <= abs(ldexp(number, exponent)) < math.inf
+
+
+def _require_float64(number: float, exponent: int, what: str) -> None:
+    require(
+        holds(number, exponent),
+        f"{what} must be numbers that a float64 holds, got about 2^{math.frexp(number)[1] + exponent}; "
+        "multiply the loss by a power of two",
+    )
+
+
+def _power(traces: Any, order: int, exponent: int) -> tuple[float, float]:
+    """tr(H^order) and its standard error."""
+    value, error = float(traces.values[order - 1]), float(traces.errors[order - 1])
+    _require_float64(value, order * exponent, f"the traces of H^{order}")
+    return ldexp(value, order * exponent), ldexp(error, order * exponent)
+
+
+def _ldexp(block: Tensor, exponent: int) -> Tensor:
+    half = exponent // 2  # as 2^exponent itself may not be a number
+    return block * 2.0**half * 2.0 ** (exponent - half)
+
+
+def _multiplied(block: Tensor, exponent: int) -> Tensor:
+    """block * 2^exponent, column by column within the numbers that its type holds."""
+    if exponent == 0:
+        return block
+    result = _ldexp(block, exponent)
+    kind, before, after = torch.finfo(block.dtype), block.abs().amax(0), result.abs().amax(0)
+    require(
+        bool(((before == 0) | ~before.isfinite() | ((after >= kind.tiny) & after.isfinite())).all()),
+        f"products must be numbers that {kind.dtype} holds, got some about 2^{exponent} times "
+        f"{float(before.max()):.1e}; multiply the loss by a power of two",
+    )
+    return result
 
 
 def require(condition: bool, message: str) -> None:

@@ -141,7 +141,7 @@ class SAM(Optimizer):
         with self._undone_if_skipped():
             if self._plain():
                 loss = self._run(closures)
-                self._first_norm = torch.zeros(())
+                self._first_norm = torch.zeros((), device="cpu")
             else:
                 loss = self._both_passes(closures)
             self._descend(self._gradients())
@@ -516,7 +516,7 @@ class SAM(Optimizer):
     def _make_state(self) -> Tensor:
         """Let the base optimizer make its state. Variants add what they remember."""
         self.base_optimizer.step()
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
 
     @property
     def train(self) -> Callable[[], None]:
@@ -635,7 +635,7 @@ def _norm(buckets: Sequence[Bucket], directions: Sequence[TensorList]) -> Tensor
         parts = torch._foreach_norm(direction)
         norms += [_over_shards(parts, weights[0])] if _sharding(weights[0]) else parts
     if not norms:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     if len(directions) > 1:
         norms = [norm.to(norms[0].device) for norm in norms]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))

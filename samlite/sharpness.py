@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from samlite.operator import Eigenvalues, Estimate, Progress, check_steady
+from samlite.operator import Eigenvalues, Estimate, Progress, check_steady, require
 
 if TYPE_CHECKING:
     from samlite.hessian import Hessian
@@ -51,10 +51,8 @@ def sharpness(hessian: Hessian, tol: float, seed: int, progress: Progress | None
     top = hessian.eigenvalues(1, tol=min(tol, 1e-3), seed=seed, progress=progress)
     trace = hessian.trace(tol, seed=seed, progress=progress)
     notes = []
-    gradient = hessian.gradient()
-    square = float(gradient.dot(gradient))
-    ascent = float(gradient.dot(hessian @ gradient)) / square if square > 0 else math.nan
-    if square == 0:
+    ascent = _ascent(hessian)
+    if math.isnan(ascent):
         notes.append("the full gradient is 0")
     ascent_samples, note = _ascent_of_samples(hessian)
     if note:
@@ -71,6 +69,17 @@ def sharpness(hessian: Hessian, tol: float, seed: int, progress: Progress | None
         top.matvecs + trace.matvecs + 1,
         **hessian._work(time.perf_counter() - began),
     )
+
+
+def _ascent(hessian: Hessian) -> float:
+    """u^T H u of the unit vector u along the gradient, nan where that is 0."""
+    gradient = hessian.gradient()
+    require(bool(gradient.isfinite().all()), "the gradient must be finite, got nan or inf in it; check loss and data")
+    largest = gradient.abs().max()
+    if largest == 0:
+        return math.nan
+    direction = gradient / largest  # as the squares of a small gradient underflow
+    return float(direction.dot(hessian @ direction) / direction.dot(direction))
 
 
 def _ascent_of_samples(hessian: Hessian) -> tuple[float, str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from samlite.moments import OfMoments, Unit
-from samlite.operator import Eigenvalues, Operator, Progress, compiled
+from samlite.operator import Operator, Progress, compiled, ldexp
 
 if TYPE_CHECKING:
     from samlite.hessian import Hessian
@@ -64,7 +64,7 @@ class Stability:
 
 
 class MixtureOperator(OfMoments):
-    """c_0 I + c_1 M_1 + c_2 M_2 + ... of a model's present weights."""
+    """c_0 I + c_1 M_1 + c_2 M_2 + ... of a model's present weights, of Hessians over 2^(the moments' exponent)."""
 
     def __init__(self, hessian: Hessian, coefficients: Sequence[float], unit: Unit) -> None:
         super().__init__(hessian, unit)
@@ -75,17 +75,25 @@ class MixtureOperator(OfMoments):
 
 
 class Analysis:
-    """The eigenproblems behind a verdict, and what they cost."""
+    """The eigenproblems behind a verdict, and what they cost, of Hessians over 2^exponent.
+
+    All but the exponent is in that unit, as powers of large and of small Hessians overflow and underflow: eigenvalues
+    of A are over 2^exponent, learning rates and radii times that.
+    """
 
     def __init__(
         self, hessian: Hessian, rho: float, unit: Unit, tol: float, seed: int, progress: Progress | None
     ) -> None:
         self.hessian, self.unit, self.tol, self.seed, self.progress = hessian, unit, tol, seed, progress
+        self.exponent = int(hessian._samples(unit).operator.exponent())
+        rho = ldexp(rho, self.exponent)
+        self.rho = rho
         self.first = [0.0, 1.0, rho] if rho else [0.0, 1.0]  # A by its coefficients
         self.second = [0.0, 0.0, 1.0, 2 * rho, rho**2] if rho else [0.0, 0.0, 1.0]  # B
         # Directions of little curvature may decide stability, so eigenvalues are found to far less than `tol` of the
-        # largest one.
-        self.fine = max(1e-3 * tol, 100 * torch.finfo(hessian.params[0].dtype).eps)
+        # largest one; to rounding, where a Krylov space spans them all.
+        small = hessian.shape[0] <= _STEPS
+        self.fine = max(0 if small else 1e-3 * tol, 100 * torch.finfo(hessian.params[0].dtype).eps)
         self.matvecs, self.converged = 0, True
 
     def mixed(self, a: float, b: float, shift: float = 0.0) -> MixtureOperator:
@@ -110,7 +118,7 @@ class Analysis:
         assert found.vectors is not None
         return float(found.values[0]) - scale, float(found.errors[0]), found.vectors[:, 0]
 
-    def count(self, found: Eigenvalues) -> None:
+    def count(self, found: Any) -> None:
         """Take a solve into the account."""
         self.matvecs += found.matvecs
         self.converged &= found.converged
@@ -123,19 +131,21 @@ class Analysis:
         a, scale = self.quotients(v)
         mu = scale / a
         start: Tensor | None = v
+        rounding = 10 * torch.finfo(v.dtype).eps
         for _ in range(_NEWTON):
             excess, error, v = self.largest(-mu, 1, scale, start=start)
             below, above = self.quotients(v)
             if below < -2 * error:  # negative curvature that the tolerance of the smallest eigenvalue hid
                 return math.nan, math.nan
-            if excess > error and above > mu * (1 + self.tol) * below > 0:
+            # Steps may be far below `tol` while it is still far to go: only the excess tells.
+            if excess > error and above > mu * (1 + rounding) * below > 0:
                 a, mu, start = below, above / below, v
             elif start is not None:
                 start = None  # what a search that starts from v cannot see, one from a random start may
             else:
                 return mu, (max(excess, 0.0) + error) / a + self.tol * mu
         self.converged = False
-        return mu, (max(excess, 0.0) + error) / a + self.tol * mu
+        return mu, math.inf
 
     def on_range(self, lr: float, scale: float) -> tuple[float, float]:
         """The largest eigenvalue of lr B - 2 A on the range of A, and its error, where none was found above zero.
@@ -146,7 +156,8 @@ class Analysis:
         """
         p = self.hessian.shape[0]
         like = self.hessian.params[0]
-        start = torch.randn(p, generator=torch.Generator().manual_seed(self.seed)).to(like.device, like.dtype)
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        start = torch.randn(p, generator=generator, dtype=torch.float32, device="cpu").to(like.device, like.dtype)
         start = self.mixed(1, 0) @ start
         steps = max(1, min(_STEPS, p, self.hessian.memory // (p * like.element_size())))
         with self.mixed(-2, lr)._products() as operator:
@@ -157,7 +168,7 @@ class Analysis:
         if not real.any():
             return 0.0, rounding
         margin, residual = float(found.nodes[real][-1]), float(found.residuals[real][-1])  # in ascending order
-        if margin > 0 or float(found.residuals.max()) == 0:
+        if margin > 0 or (real.all() and float(found.residuals.max()) == 0):
             return margin, residual + rounding
         return margin, abs(margin)
 
@@ -168,32 +179,33 @@ def stability(
     """See `Hessian.stability`."""
     began = time.perf_counter()
     analysis = Analysis(hessian, rho, unit, tol, seed, progress)
+    exponent, rate = analysis.exponent, ldexp(lr, analysis.exponent)
     top = analysis.mixed(1, 0).eigenvalues(1, tol=tol, vectors=True, seed=seed, progress=progress)
     analysis.count(top)
     assert top.vectors is not None
     scale = float(top.values[0])
     if scale > 0:
         opposite, opposite_error, _ = analysis.largest(-1, 0, scale)
-        full, error, _ = analysis.largest(-2, lr, 2 * scale)
+        full, error, _ = analysis.largest(-2, rate, 2 * scale)
         convex = opposite <= opposite_error
         mu, mu_error = analysis.pencil(top.vectors[:, 0]) if convex else (math.nan, math.nan)
         convex = convex and not math.isnan(mu)
         max_lr, max_lr_error = 2 / mu, 2 / mu * mu_error / mu
         margin = full
-        if full <= error and lr < max_lr - max_lr_error:  # so it is not above zero
-            margin, error = analysis.on_range(lr, 2 * scale)
+        if full <= error and rate < max_lr - max_lr_error:  # so it is not above zero
+            margin, error = analysis.on_range(rate, 2 * scale)
     else:  # no curvature at all moves nothing; none but negative curvature is no minimum
         convex = scale >= -float(top.errors[0])
         full = margin = 0.0
         error, max_lr, max_lr_error = 0.0, math.inf if convex else math.nan, 0.0
-    bounds = _bounds(analysis, lr, rho)
+    bounds = _bounds(analysis, rate)
     return Stability(
-        _verdict(convex, lr, margin, error, max_lr, max_lr_error),
-        1 + lr * max(full, margin),
-        margin,
-        error,
-        max_lr,
-        max_lr_error,
+        _verdict(convex, rate, margin, error, max_lr, max_lr_error),
+        1 + rate * max(full, margin),
+        ldexp(margin, exponent),
+        ldexp(error, exponent),
+        ldexp(max_lr, -exponent),
+        ldexp(max_lr_error, -exponent),
         bounds,
         lr,
         rho,
@@ -216,23 +228,26 @@ def _verdict(convex: bool, lr: float, margin: float, error: float, max_lr: float
     return "undecided"
 
 
-def _bounds(analysis: Analysis, lr: float, rho: float) -> dict[str, Bound]:
+def _bounds(analysis: Analysis, lr: float) -> dict[str, Bound]:
     """Of the paper: conditions on sharpness and non-uniformity that stability implies."""
-    hessian, unit = analysis.hessian, analysis.unit
+    hessian, unit, rho = analysis.hessian, analysis.unit, analysis.rho
 
-    def largest(operator: Operator) -> float:
-        found = operator.eigenvalues(1, tol=analysis.tol, seed=analysis.seed, progress=analysis.progress)
+    def largest(operator: Operator, power: int) -> float:
+        found, exponent, _ = operator._eigenpairs(tol=analysis.tol, seed=analysis.seed, progress=analysis.progress)
         analysis.count(found)
-        return float(found.values[0])
+        return ldexp(float(found.values[0]), exponent - power * analysis.exponent)
 
-    a = largest(hessian)
-    bounds = {"a (1 + rho a) <= 2 / lr": Bound(a * (1 + rho * a), 2 / lr)}
+    def bound(value: float, limit: float, power: int) -> Bound:
+        return Bound(ldexp(value, power * analysis.exponent), ldexp(limit, power * analysis.exponent))
+
+    a = largest(hessian, 1)
+    bounds = {"a (1 + rho a) <= 2 / lr": bound(a * (1 + rho * a), 2 / lr, 1)}
     if lr > 2 * rho:
-        power = largest(hessian.moment_operator(2, unit))
-        bounds["s_2^2 <= 1 / (lr (lr - 2 rho))"] = Bound(power, 1 / (lr * (lr - 2 * rho)))
+        power = largest(hessian.moment_operator(2, unit), 2)
+        bounds["s_2^2 <= 1 / (lr (lr - 2 rho))"] = bound(power, 1 / (lr * (lr - 2 * rho)), 2)
         if rho:
-            power = largest(hessian.moment_operator(3, unit))
-            bounds["s_3^3 <= 1 / (2 lr^2 rho)"] = Bound(power, 1 / (2 * lr**2 * rho))
-            power = largest(hessian.moment_operator(4, unit))
-            bounds["s_4^4 <= 1 / (lr^2 rho^2)"] = Bound(power, 1 / (lr * rho) ** 2)
+            power = largest(hessian.moment_operator(3, unit), 3)
+            bounds["s_3^3 <= 1 / (2 lr^2 rho)"] = bound(power, 1 / (2 * lr**2 * rho), 3)
+            power = largest(hessian.moment_operator(4, unit), 4)
+            bounds["s_4^4 <= 1 / (lr^2 rho^2)"] = bound(power, 1 / (lr * rho) ** 2, 4)
     return bounds

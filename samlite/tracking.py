@@ -13,6 +13,7 @@ What overtakes abruptly beside steady eigenvectors may be missed for some measur
 `Hessian.eigenvalues(verify=True)`.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -84,12 +85,14 @@ class Tracker:
         """A step beside the vectors X (p, k); returns its vector where that shows an eigenvalue beyond the last one."""
         v = self.outsider
         if v is None:
-            v = torch.randn(len(X), generator=torch.Generator().manual_seed(0)).to(X)
+            generator = torch.Generator(device="cpu").manual_seed(0)
+            v = torch.randn(len(X), generator=generator, dtype=torch.float32, device="cpu").to(X)
         for _ in range(2):  # twice is enough for orthogonality to rounding
             v = v - X @ (X.T @ v)
             v = v / v.norm()
         w = self.hessian @ v
-        self.outsider = w if w.any() else v
+        # Over a power of two, as the squares of a large or small product overflow or underflow.
+        self.outsider = w * 2.0 ** -math.frexp(float(w.abs().max()))[1] if w.any() else v
         return v if float(v @ w) > last + TOL * abs(last) else None
 
 

@@ -267,7 +267,7 @@ class SAMPa(SAM):
         """Both gradients with their losses: the first process computes the one, the second the other."""
         me = dist.get_rank(self.process_group)
         grads, loss = parts[me]()
-        own = self._packed(grads, loss, torch.zeros(()) if me else self._first_norm)
+        own = self._packed(grads, loss, torch.zeros((), device="cpu") if me else self._first_norm)
         messages = [own if me == source else torch.empty_like(own) for source in (0, 1)]
         for source, message in enumerate(messages):
             dist.broadcast(message, group_src=source, group=self.process_group)

@@ -433,3 +433,63 @@ def test_packed_sequences_are_refused_by_name_and_leave_the_other_sharpnesses():
         hessian.moments()
     found = hessian.sharpness()
     assert found.worst > 0 and "PackedSequence" in found.notes[0]
+
+
+@pytest.mark.parametrize("unit", ["sample", "batch"])
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize(
+    ("dtype", "exponents"), [(torch.float64, [-548, -133, 332]), (torch.float32, [-60, -33, 33, 60])]
+)
+@pytest.mark.filterwarnings("ignore:M_. - H:UserWarning")
+def test_moments_scale_with_the_loss(dtype, exponents, curvature, unit):
+    model, x, y = prepared("MLP")
+    model, x = model.to(dtype), x.to(dtype)
+
+    def found(exponent):
+        def loss(model, batch):
+            return F.cross_entropy(model(batch[0]), batch[1]) * 2.0**exponent
+
+        moments = Hessian(model, loss, [(x[:3], y[:3]), (x[3:], y[3:])], curvature=curvature).moments(4, unit)
+        assert moments.converged
+        return torch.tensor([moments.sharpness, *moments.nonuniformity.values()]) / 2.0**exponent
+
+    right = found(0)
+    for exponent in exponents:
+        # the chain's own rescaling by norms rounds differently
+        assert torch.allclose(found(exponent), right, rtol=20 * torch.finfo(dtype).eps), exponent
+
+
+def test_powers_that_a_float64_does_not_hold_are_nan_and_said():
+    model, x, y = prepared("MLP")
+    hessian = Hessian(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]) * 1e-165, [(x, y)])
+    with pytest.warns(UserWarning, match=r"M_2 - H\^2 is about 2\^-\d+, which a float64 does not hold"):
+        found = hessian.moments(2)
+    assert found.powers[2] != found.powers[2] and found.nonuniformity[2] > 0
+    with pytest.raises(ValueError, match="products must be numbers that float64 holds"):
+        hessian.moment_operator(2) @ torch.ones(hessian.shape[0])
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_that_are_equal_have_no_nonuniformity_at_any_order(n, dtype):
+    for p in (1, 4, 9):
+        model = nn.Linear(p, 1, bias=False).to(dtype)
+        x = torch.randn(1, p).to(dtype).expand(n, p)
+        found = Hessian(model, nn.MSELoss(), (x, torch.ones(n, 1)), curvature="ggn").moments(6)
+        assert found.converged and set(found.nonuniformity.values()) == {0.0}
+        assert all(abs(found.powers[k]) <= found.errors[k] for k in found.powers)
+
+
+@pytest.mark.parametrize("what", ["moments", "stability", "sharpness", "blocks", "eigenvalues", "density", "trace"])
+def test_a_loss_whose_products_are_nan_gets_one_line_from_every_measurement(what):
+    model, x = nn.Linear(4, 1), torch.randn(30, 4)
+    anchor = model.weight.detach().clone()
+
+    def loss(model, batch):
+        return (model(batch[0]) - batch[1]).square().mean() + (model.weight - anchor).norm()  # not smooth at 0
+
+    hessian = Hessian(model, loss, (x, torch.randn(30, 1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="the product H v must be finite"):
+            getattr(hessian, what)(*([0.1] if what == "stability" else []))

@@ -1,6 +1,7 @@
 """Traces and densities against known matrices, and how often their intervals cover the truth."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -22,8 +23,6 @@ class Known(Operator):
         self.params = [nn.Parameter(torch.zeros(len(matrix), dtype=matrix.dtype))]
 
     def _products(self) -> Any:
-        from contextlib import nullcontext
-
         like = self.matrix[0]
         return nullcontext(compiled().Callable(lambda v: self.matrix @ v, like, len(like)))
 
@@ -177,3 +176,63 @@ def test_probes_wait_for_the_device_at_looks_only() -> None:
 def test_bad_arguments_get_one_clear_line(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(KNOWN["outliers"])
+
+
+@pytest.mark.parametrize("exponent", [-548, -100, 100, 332])
+def test_the_size_of_a_matrix_changes_no_digit_of_traces_and_densities(exponent: int) -> None:
+    matrix, size = KNOWN["indefinite"].matrix, 2.0**exponent
+    right, found = Known(matrix), Known(matrix * size)
+    assert found.trace().value / size == right.trace().value
+    assert found.trace().stderr / size == right.trace().stderr
+    assert found.frobenius().value / size == right.frobenius().value
+    if exponent > -548:
+        powers = torch.tensor([size, size**2, size**3], dtype=torch.float64)
+        assert torch.equal(found.spectral_moments(3).value / powers, right.spectral_moments(3).value)
+    assert torch.allclose(found.density(steps=20).density * size, right.density(steps=20).density)
+
+
+def test_traces_that_a_float64_does_not_hold_are_said() -> None:
+    with pytest.raises(ValueError, match=r"the traces of H\^2 must be numbers that a float64 holds"):
+        Known(KNOWN["outliers"].matrix * 1e-165).spectral_moments(2)
+
+
+@pytest.mark.parametrize("what", ["trace", "frobenius", "spectral_moments", "density", "eigenvalues"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_products_that_are_not_finite_are_an_error_at_the_first(what: str, value: float) -> None:
+    products = 0
+
+    def product(v: Tensor) -> Tensor:
+        nonlocal products
+        products += 1
+        return torch.full_like(v, value)
+
+    operator = Known(torch.eye(P, dtype=torch.float64))
+    operator._products = lambda: nullcontext(compiled().Callable(product, operator.matrix[0], P))  # type: ignore
+    with pytest.raises(ValueError, match="the product H v must be finite"):
+        getattr(operator, what)()
+    assert products == 1
+
+
+def test_scipy_may_transpose_the_operator_and_multiply_complex_and_whole_numbers() -> None:
+    scipy = pytest.importorskip("scipy.sparse.linalg")
+    operator = KNOWN["outliers"].to_scipy()
+    matrix = KNOWN["outliers"].matrix.numpy()
+    singular = scipy.svds(operator, 3, random_state=0)[1]
+    assert sorted(singular) == pytest.approx([16.25, 18.125, 20], rel=1e-9)
+    v = torch.arange(P).numpy()
+    for view in (operator, operator.T, operator.H):
+        assert abs(view @ v - matrix @ v).max() < 1e-9
+        assert abs(view @ (1j * v) - 1j * (matrix @ v)).max() < 1e-9
+    assert (operator @ v[:, None][:, :0]).shape == (P, 0)
+
+
+def test_products_with_blocks_of_any_kind_are_those_of_the_matrix() -> None:
+    operator, matrix = KNOWN["indefinite"], KNOWN["indefinite"].matrix
+    block = torch.randn(4, P, dtype=torch.float64).T  # not contiguous
+    assert torch.allclose(operator @ block, matrix @ block)
+    assert torch.allclose(operator @ block[:, 0].float(), matrix @ block[:, 0].float().double())
+    assert torch.allclose(operator @ (1j * block), 1j * (matrix @ block))
+    assert (operator @ block[:, :0]).shape == (P, 0)
+    small = Known(torch.full((1, 1), -3.0))
+    assert float(small @ torch.ones(1)) == -3 and float(small.eigenvalues(1).values) == -3
+    assert small.trace().value == -3

@@ -8,6 +8,7 @@ from test_moments import dense, prepared
 from torch import Tensor, nn
 
 from samlite import Hessian
+from samlite.tracking import Tracker
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -55,3 +56,43 @@ def test_blocks_are_the_diagonal_blocks_of_the_layers():
         right = torch.linalg.eigvalsh(part).flip(0)[:2]
         assert (block.eigenvalues.values - right).abs().le(block.eigenvalues.errors).all()
         assert abs(block.trace.value - float(part.trace())) <= 4 * block.trace.stderr + 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "exponents"), [(torch.float64, [-548, 332]), (torch.float32, [-70, 70])])
+def test_sharpness_scales_with_the_loss(dtype, exponents):
+    model, x, y = prepared("MLP")
+    model, x = model.to(dtype), x.to(dtype)
+
+    def found(exponent):
+        def loss(model, batch):
+            return nn.functional.cross_entropy(model(batch[0]), batch[1]) * 2.0**exponent
+
+        result = Hessian(model, loss, (x, y)).sharpness()
+        return torch.tensor([result.worst, result.ascent, result.ascent_samples, result.average]) / 2.0**exponent
+
+    right = found(0)
+    for exponent in exponents:
+        assert torch.allclose(found(exponent), right, rtol=20 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(("dtype", "exponents"), [(torch.float64, [-548, 332]), (torch.float32, [-70, 70])])
+def test_tracked_eigenvalues_scale_with_the_loss(dtype, exponents):
+    def found(exponent):
+        torch.manual_seed(1)
+        model, x, y = prepared("MLP")
+        model, x = model.to(dtype), x.to(dtype)
+
+        def loss(model, batch):
+            return nn.functional.cross_entropy(model(batch[0]), batch[1]) * 2.0**exponent
+
+        tracker, values = Tracker(Hessian(model, loss, (x, y)), 2), []
+        for _ in range(4):
+            values.append(tracker.measure()["eigenvalues"])
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(1.01)
+        return torch.tensor(values) / 2.0**exponent
+
+    right = found(0)
+    for exponent in exponents:
+        assert torch.equal(found(exponent), right)

@@ -1,6 +1,7 @@
 """Linear stability against dense matrices, the closed form of linear regression, and what SAM really does."""
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -206,3 +207,80 @@ def test_a_rare_sample_of_large_curvature_decides_at_the_default_tolerance() -> 
         assert found.verdict == ("stable" if lr < max_lr else "unstable")
         assert abs(found.max_lr - max_lr) <= found.max_lr_error
         assert abs(found.margin - margin) <= found.error
+
+
+@pytest.mark.parametrize(("dtype", "exponents"), [(torch.float64, [-548, -133, 332]), (torch.float32, [-60, 60])])
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_stability_scales_with_the_loss(dtype: torch.dtype, exponents: list[int], rho: float) -> None:
+    model, x, y, _ = regression(30, 6)
+    model, x, y = model.to(dtype), x.to(dtype), y.to(dtype)
+
+    def found(exponent: int, lr: float) -> Any:
+        size = 2.0**exponent
+        hessian = Hessian(model, lambda m, b: (m(b[0]) - b[1]).square().mean() * size, [(x, y)])
+        result = hessian.stability(lr / size, rho / size)
+        return result.verdict, torch.tensor([result.value, result.margin / size, result.max_lr * size])
+
+    for lr in (0.05, 0.4):
+        verdict, numbers = found(0, lr)
+        for exponent in exponents:
+            scaled = found(exponent, lr)
+            assert scaled[0] == verdict
+            assert torch.allclose(scaled[1], numbers, rtol=100 * torch.finfo(dtype).eps)
+
+
+def small_problem(seed: int) -> tuple[nn.Module, Any, Tensor]:
+    """Samples of one direction, equal ones, flat directions, one weight; and their Hessians in float64."""
+    draw = random.Random(seed)
+    n, p = draw.choice([1, 1, 2, 3, 6]), draw.choice([1, 2, 4, 7])
+    x = torch.randn(n, p) * draw.choice([0.1, 1, 3])
+    kind = draw.choice(["random", "one direction", "equal", "in pairs", "flat"])
+    if kind == "one direction":
+        x = torch.randn(n, 1) * x[:1]
+    elif kind == "equal":
+        x = x[:1].expand(n, p)
+    elif kind == "in pairs":
+        x = x[torch.arange(n) // 2]
+    elif kind == "flat":
+        x = x * (torch.arange(p) < max(1, p // 2))
+    dtype = draw.choice([torch.float64, torch.float32])
+    x = x.to(dtype)
+    model = nn.Linear(p, 1, bias=False).to(dtype)
+    wide = x.double()
+    return model, (x, model(x).detach()), 2 * wide[:, :, None] * wide[:, None, :]
+
+
+def check_small_problems(seeds: range) -> None:
+    for seed in seeds:
+        torch.manual_seed(seed)
+        model, data, hessians = small_problem(seed)
+        draw = random.Random(seed)
+        rho, factor = draw.choice([0.0, 0.05, 0.3]), draw.choice([0.01, 0.1, 0.5, 0.95, 1.05, 2, 10])
+        spread = torch.linalg.eigvalsh(matrices(hessians, rho)[0])
+        inside = spread[spread > 1e-10 * spread[-1]]
+        if inside[0] < 1e-3 * spread[-1]:  # float32 cannot tell such a direction from a flat one
+            continue
+        _, max_lr, _ = by_hand(hessians, 0.1, rho)
+        margin, _, _ = by_hand(hessians, factor * max_lr, rho)
+        hessian = Hessian(model, nn.MSELoss(), data, curvature=draw.choice(["ggn", "hessian"]))
+        found = hessian.stability(factor * max_lr, rho)
+        assert found.verdict == ("stable" if factor < 1 else "unstable"), seed
+        assert abs(found.margin - margin) <= found.error + 1e-13 * float(spread[-1]), seed
+        assert abs(found.max_lr - max_lr) <= found.max_lr_error + 1e-12 * max_lr, seed
+        moments = hessian.moments(4)
+        mean = hessians.mean(0)
+        for k in (2, 3, 4):
+            power = torch.linalg.matrix_power(hessians, k).mean(0)
+            right = float(torch.linalg.eigvalsh(power - torch.linalg.matrix_power(mean, k))[-1])
+            size = float(torch.linalg.matrix_norm(power, 2))
+            assert abs(moments.powers[k] - right) <= moments.errors[k] + 1e-14 * size, seed
+            assert moments.nonuniformity[k] == 0 or right > 1e-14 * size, seed
+
+
+def test_small_problems_get_the_verdict_and_moments_of_dense_matrices() -> None:
+    check_small_problems(range(40))
+
+
+@pytest.mark.slow
+def test_many_small_problems_get_the_verdict_and_moments_of_dense_matrices() -> None:
+    check_small_problems(range(40, 1500))
