@@ -80,6 +80,7 @@ class SAM(Optimizer):
     _copies: Sequence[list[Tensor]] = ()  # what they were; the memory is kept from step to step
     _guards: Sequence[RemovableHandle] = ()  # of model, between first_step and second_step
     _had_gradients = False  # whether a pass has left any weight a gradient
+    _completed_groups: list[dict[str, Any]] | None = None  # those seen to have a rho, adaptive and normalize
     _first_norm: Tensor
 
     def __init__(
@@ -133,13 +134,14 @@ class SAM(Optimizer):
         if self._only_makes_state(closure):
             return self._make_state()
         closures = self._checked(closure)
-        if self._plain() and self.max_norm is None and self._scaler is None:
+        plain = self._plain()
+        if plain and self.max_norm is None and self._scaler is None:
             loss = self._run(closures)
             with self._out_of_sight():
                 self.base_optimizer.step()
             return loss
-        with self._undone_if_skipped():
-            if self._plain():
+        with self._undone_if_skipped() if self.model is not None else nullcontext():
+            if plain:
                 loss = self._run(closures)
                 self._first_norm = torch.zeros((), device="cpu")
             else:
@@ -249,12 +251,13 @@ class SAM(Optimizer):
         for loss in losses:
             if not isinstance(loss, Tensor):
                 raise ValueError(f"closure must return its loss, a tensor, got {type(loss).__name__}")
-        grads = _shards([weight.grad for weight in weights if weight.grad is not None])
-        if not grads:
+        if not any(weight.grad is not None for weight in weights):
             self._check_backward(losses, "closure must run backward", "in it")
-        elif len(losses) > 1 or self._scaler:
-            torch._foreach_div_(grads, len(losses) * self._scale(grads[0]))
-        self._had_gradients |= bool(grads)
+        else:
+            self._had_gradients = True
+            if len(losses) > 1 or self._scaler:
+                grads = _shards([weight.grad for weight in weights if weight.grad is not None])
+                torch._foreach_div_(grads, len(losses) * self._scale(grads[0]))
         return losses[0].detach() if len(losses) == 1 else torch.stack(losses).mean()
 
     def _check_backward(self, losses: Sequence[Tensor], rule: str, where: str) -> None:
@@ -292,7 +295,7 @@ class SAM(Optimizer):
                 if hasattr(weight, "_fsdp_flattened"):  # a shard that says nothing of the others
                     raise ValueError("params must not be those of FullyShardedDataParallel; use fully_shard (FSDP2)")
                 sharding = _sharding(weight)
-                if sharding != _sharding(grad):
+                if sharding and sharding != _sharding(grad):
                     grad = grad.redistribute(*sharding)
                 weights, grads = kinds[weight.device, weight.dtype, sharding]
                 weights.append(weight)
@@ -357,7 +360,7 @@ class SAM(Optimizer):
         # The one wait for the device in a step, hence after both passes. It cannot be left to the device: the
         # base optimizer keeps part of its state on the host.
         finite = math.isfinite(norm + self._first_norm.to(norm.device))
-        with self._out_of_sight():
+        with self._out_of_sight() if self._remembers else nullcontext():
             if self._scaler:
                 self._scaled_step(self._scaler, finite)
             elif finite:
@@ -437,10 +440,13 @@ class SAM(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups of the base optimizer, each with a rho, adaptive and normalize."""
-        for group in self.base_optimizer.param_groups:
-            for name in _OPTIONS:
-                group.setdefault(name, self.defaults[name])
-        return self.base_optimizer.param_groups
+        groups = self.base_optimizer.param_groups
+        if groups is not self._completed_groups:
+            for group in groups:
+                for name in _OPTIONS:
+                    group.setdefault(name, self.defaults[name])
+            self._completed_groups = groups
+        return groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
