@@ -102,8 +102,8 @@ class Graphs {
     TORCH_CHECK_VALUE(batch < batches(), "data must give the same batches at every pass, got more than the ", batches(),
                       " of the first");
     const Tensor& first = losses_[batch];
-    const double tiny = first.scalar_type() == at::kDouble ? std::numeric_limits<double>::min()
-                                                           : std::numeric_limits<float>::min();
+    const double tiny =
+        first.scalar_type() == at::kDouble ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
     const Tensor change = (loss - first).abs().div(first.abs().clamp_min(tiny));
     drift_ = drift_.defined() ? at::maximum(drift_, change) : change;
   }

@@ -87,7 +87,8 @@ void check_differentiable(const std::vector<Tensor>& derivatives) {
   for_each_node(derivatives, [](Node* node) {
     const auto* error = dynamic_cast<torch::autograd::Error*>(node);
     TORCH_CHECK(!error, error->msg);
-    TORCH_CHECK(!std::strstr(typeid(*node).name(), "WarnNotImplemented"), "derivative for an operation not implemented");
+    TORCH_CHECK(!std::strstr(typeid(*node).name(), "WarnNotImplemented"),
+                "derivative for an operation not implemented");
     return true;
   });
 }

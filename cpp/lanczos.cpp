@@ -327,8 +327,7 @@ Range Lanczos::range_of_rest() const {
     const double value = values_[i], r = residuals_[i];
     const double side = options_.which == Which::LA || (options_.which == Which::LM && value > 0) ? 1 : -1;
     // Of the error without its rounding, a little less than what `distance` lets pass.
-    const double limit =
-        (1 - 1e-6) * std::max(allowed(value, options_.tol, eps_, norm_), 2 * rounding()) - rounding();
+    const double limit = (1 - 1e-6) * std::max(allowed(value, options_.tol, eps_, norm_), 2 * rounding()) - rounding();
     double depth = r > limit ? r * (r / limit) : 0;
     if (i == options_.k - 1) {
       double gap = rest_.empty() ? 0 : kInfinity;
