@@ -131,6 +131,10 @@ class SAM(Optimizer):
         weight: losses and gradients are averaged over it. The second pass replays the state of torch's
         default random generators; an exception in it restores the weights.
         """
+        return self._step(closure)
+
+    def _step(self, closure: Closure | Sequence[Closure] | None) -> Tensor:
+        """Step, with gradients switched off: torch calls the hooks of an optimizer around `step` of every class."""
         if self._only_makes_state(closure):
             return self._make_state()
         closures = self._checked(closure)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -175,7 +174,7 @@ def untouched(
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # nor have cuDNN's recurrent layers
         if "torch._dynamo" in sys.modules:  # nor have compiled graphs
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_without_checkpointing())
+        stack.enter_context(_twice_differentiable())
         stack.enter_context(_fresh_caches())
         stack.enter_context(_own_state(modules))
         stack.enter_context(_only(parameters, everything))
@@ -329,11 +328,11 @@ def _projected(module: nn.Embedding) -> Iterator[None]:
         handle.remove()
 
 
-# --- Checkpointing recomputes a forward pass within the backward pass, where none of this holds
+# --- Functions of torch without the right second derivative, under whatever name a model has imported them
 
 
 class _Direct:
-    """Stands in for what recomputes: the function is called once, and its graph is kept."""
+    """Stands in for checkpointing, which recomputes outside of all this: the function is called once."""
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
@@ -344,25 +343,34 @@ class _Direct:
         yield
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """torch's own is one operation, whose second derivative is wrong."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 _GENERATOR = "_checkpoint_without_reentrant_generator"
+_STAND_INS: tuple[tuple[str, str, Any], ...] = (
+    ("torch.utils.checkpoint", "CheckpointFunction", _Direct),
+    ("torch.utils.checkpoint", _GENERATOR, _Direct.generator),
+    ("torch.distributed._composable.checkpoint_activation", _GENERATOR, _Direct.generator),
+    ("torch", "_weight_norm", _weight_norm),
+    ("torch.nn.utils.weight_norm", "_weight_norm", _weight_norm),
+)
 _lock, _depth = threading.Lock(), 0
 _replaced: list[tuple[Any, str, Any]] = []
 
 
 @contextmanager
-def _without_checkpointing() -> Iterator[None]:
-    """`torch.utils.checkpoint.checkpoint` calls its function directly, under whatever name it was imported."""
+def _twice_differentiable() -> Iterator[None]:
+    """Replace these functions where torch itself looks them up."""
     global _depth
     with _lock:
         _depth += 1
         if _depth == 1:
-            places = [(checkpointing, "CheckpointFunction", _Direct), (checkpointing, _GENERATOR, _Direct.generator)]
-            composable = sys.modules.get("torch.distributed._composable.checkpoint_activation")
-            if composable is not None:
-                places.append((composable, _GENERATOR, _Direct.generator))
+            places = [(sys.modules[place], name, other) for place, name, other in _STAND_INS if place in sys.modules]
             _replaced[:] = [(place, name, getattr(place, name)) for place, name, _ in places]
-            for place, name, direct in places:
-                setattr(place, name, direct)
+            for place, name, other in places:
+                setattr(place, name, other)
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ SAMPa         takes its two gradients at points that do not depend on each other
 
 import copy
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -114,13 +115,14 @@ class AgnosticSAM(SAM):
         self.rho_val = rho_val
         self._held_out: Sequence[Closure] = ()
 
+    @torch.no_grad()
     def step(  # type: ignore[override]
         self, closure: Closure | Sequence[Closure] | None = None, val_closure: Closure | Sequence[Closure] | None = None
     ) -> Tensor:
         """As `SAM.step`, with a closure on a held-out batch beside the one on the training batch."""
         if self.rho_val and not self._only_makes_state(closure):
             self._held_out = self._checked(val_closure)
-        return super().step(closure)
+        return self._step(closure)
 
     def first_step(self, zero_grad: bool = False) -> None:
         """Not supported: AgnosticSAM needs four passes. Call step(closure, val_closure)."""
@@ -248,7 +250,12 @@ class SAMPa(SAM):
 
     @contextmanager
     def _trial(self) -> Iterator[None]:
-        """A step of the base optimizer inside leaves its state and groups as they were: it has copies of them."""
+        """A step of the base optimizer inside leaves its state and groups as they were: it has copies of them.
+
+        Hooks behind its steps are not told of this one.
+        """
+        base: Any = self.base_optimizer
+        hooks, base._optimizer_step_post_hooks = base._optimizer_step_post_hooks, OrderedDict()
         state, groups = dict(self.state), [dict(group) for group in self.param_groups]
         for weight, values in state.items():
             self.state[weight] = _copied(values)
@@ -257,6 +264,7 @@ class SAMPa(SAM):
         try:
             yield
         finally:
+            base._optimizer_step_post_hooks = hooks
             self.state.clear()
             self.state.update(state)
             for group, before in zip(self.param_groups, groups, strict=True):

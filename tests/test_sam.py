@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.functional import mse_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from samlite.sam import SAM
+from samlite import SAM, AgnosticSAM, FriendlySAM, SAMPa
 
 # Same formulas in float64 in another order: rounding only, amplified a little by Adam's division.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -636,15 +636,18 @@ def test_named_parameters_keep_their_names() -> None:
     assert optimizer.state_dict()["param_groups"][0]["param_names"][0] == "body.0.weight"
 
 
-def test_hooks_run_once_a_step() -> None:
+@pytest.mark.parametrize("kind", [SAM, FriendlySAM, AgnosticSAM, SAMPa])
+def test_hooks_run_once_a_step(kind: type[SAM]) -> None:
     module, calls = Network(), []
-    optimizer = SAM(module.parameters(), torch.optim.SGD, lr=0.1)
+    optimizer = kind(module.parameters(), torch.optim.SGD, lr=0.1)
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
-    optimizer.base_optimizer.register_step_pre_hook(lambda *_: calls.append("base"))
+    optimizer.base_optimizer.register_step_post_hook(lambda *_: calls.append("base"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
     optimizer.register_state_dict_post_hook(lambda *_: calls.append("saved"))
     optimizer.register_load_state_dict_post_hook(lambda *_: calls.append("loaded"))
-    train(module, optimizer, range(1))
+
+    closure = closure_for(module, normal(6, 10, seed=0))
+    optimizer.step(*[closure] * (2 if kind in (AgnosticSAM, SAMPa) else 1))
     optimizer.load_state_dict(optimizer.state_dict())
     assert calls == ["before", "base", "after", "saved", "loaded"]
 

@@ -396,6 +396,34 @@ def test_data_that_a_model_writes_into_are_left_as_they_were() -> None:
         assert torch.equal(x, before)
 
 
+WEIGHT_NORMS = {
+    parametrizations.weight_norm: ("parametrizations.weight.original0", "parametrizations.weight.original1"),
+    torch.nn.utils.weight_norm: ("weight_g", "weight_v"),
+}
+
+
+@pytest.mark.parametrize("normalize", WEIGHT_NORMS, ids=["parametrized", "hook"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore:no per-sample rule")
+def test_weight_norm_is_measured_as_its_formula(normalize: Any) -> None:
+    """torch computes it in one operation, whose second derivative is wrong."""
+
+    class Written(nn.Module):
+        def __init__(self, *weights: Tensor) -> None:
+            super().__init__()
+            self.bias, self.g, self.v = (nn.Parameter(weight.detach().clone()) for weight in weights)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.g * self.v / self.v.norm(dim=1, keepdim=True), self.bias)
+
+    fused = torch._weight_norm
+    layer = normalize(nn.Linear(4, 3).double())
+    written = Written(*(layer.get_parameter(name) for name in ("bias", *WEIGHT_NORMS[normalize])))
+    assert close(top(layer), top(written))
+    found, right = (Hessian(model, CE, samples()).moments(3).nonuniformity for model in (layer, written))
+    assert found == pytest.approx(right, rel=1e-6)
+    assert torch._weight_norm is fused
+
+
 def embedded(max_norm: float | None = None, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Embedding(7, 4, max_norm=max_norm, **options), nn.Tanh(), nn.Linear(4, 3)).double()
