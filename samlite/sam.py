@@ -629,7 +629,7 @@ def _shards(tensors: Sequence[Any]) -> list[Tensor]:
 def _copied(weights: list[Tensor], old: list[Tensor]) -> list[Tensor]:
     """Copies of the weights, over old ones that fit: on a CPU fresh memory costs more than the copying."""
     if not old or _kind(weights) != _kind(old):
-        return list(torch._foreach_clone(weights))
+        return [weight.clone() for weight in weights]
     torch._foreach_copy_(old, weights)
     return old
 

@@ -55,31 +55,39 @@ def neutral(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """No TF32 or bfloat16 inside of products, which makes those of a Hessian inexact and asymmetric."""
-    cudnn: Any = torch.backends.cudnn
-    mkldnn: Any = torch.backends.mkldnn
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        switches = [
-            (part, "fp32_precision", "ieee")
-            for part in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
-        ]
-        before = [getattr(part, name) for part, name, _ in switches]
-        for part, name, exact in switches:
-            setattr(part, name, exact)
-        try:
-            yield
-        finally:
-            for (part, name, _), value in zip(switches, before, strict=True):
-                setattr(part, name, value)
-        return
-    precision, convolutions = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    cudnn.allow_tf32 = False
+    """No TF32 or bfloat16 inside of products, which makes those of a Hessian inexact and asymmetric.
+
+    torch has two generations of switches. Where they contradict each other, torch cannot read the older ones, and code
+    that does so fails (`torch.backends.cudnn.flags`); so both are set.
+    """
+    parts = [getattr(getattr(torch.backends, kind), part, None) for kind, part in _ROUNDING]
+    newer: list[Any] = [part for part in parts if hasattr(part, "fp32_precision")]
+    before = [part.fp32_precision for part in newer]
+    matmul, convolution = _read(torch.get_float32_matmul_precision), _read(torch._C._get_cudnn_allow_tf32)
     try:
+        torch.set_float32_matmul_precision("highest")
+        torch._C._set_cudnn_allow_tf32(False)
+        for part in newer:
+            part.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        cudnn.allow_tf32 = convolutions
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if convolution is not None:
+            torch._C._set_cudnn_allow_tf32(convolution)
+        for part, precision in zip(newer, before, strict=True):
+            part.fp32_precision = precision
+
+
+_ROUNDING = [("cuda", "matmul"), *((kind, part) for kind in ("cudnn", "mkldnn") for part in ("matmul", "conv", "rnn"))]
+
+
+def _read(switch: Callable[[], Any]) -> Any:
+    """What an older switch says; None if the newer ones contradict it."""
+    try:
+        return switch()
+    except RuntimeError:
+        return None
 
 
 @contextmanager
@@ -171,7 +179,9 @@ def untouched(
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused attention has no second derivative
         stack.enter_context(_without_encoder_fast_path())  # nor have the nested tensors of torch's Transformer
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in modules):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # nor have cuDNN's recurrent layers
+            stack.enter_context(
+                torch.backends.cudnn.flags(enabled=False, allow_tf32=False)
+            )  # nor have cuDNN's recurrent layers
         if "torch._dynamo" in sys.modules:  # nor have compiled graphs
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_twice_differentiable())

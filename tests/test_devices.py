@@ -3,7 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,13 @@ def steps(kind: type[SAM], base: Any, options: dict[str, Any], device: str) -> l
     return numbers(*model.parameters())
 
 
+def normalized(device: str) -> Hessian:
+    torch.manual_seed(0)
+    model = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 3).double()).to(device)
+    data = torch.randn(12, 3).double().to(device), torch.randint(0, 3, (12,)).to(device)
+    return Hessian(model, nn.CrossEntropyLoss(), data, memory="1GB")
+
+
 def batches(device: str) -> list[float]:
     model, x, y = problem("MLP", device)
     data = list(zip(x.split(4), y.split(4), strict=True))
@@ -130,6 +138,7 @@ CHECKS: dict[str, Check] = {
     **{which: measured(lambda h, which=which: numbers(h.eigenvalues(3, which, tol=1e-9).values)) for which in WHICH},
     "power iteration": measured(lambda h: numbers(h.eigenvalues(1, method="power", tol=1e-4).values)),
     "eigenvectors": measured(lambda h: numbers(h.eigenvalues(2, tol=1e-9, vectors=True).vectors.abs())),
+    "H v, weight norm": lambda device: numbers(normalized(device) @ torch.ones(15, dtype=torch.float64, device=device)),
     "Gauss-Newton": measured(lambda h: numbers(h.eigenvalues(3, tol=1e-9).values), curvature="ggn"),
     "moments": measured(lambda h: [m := h.moments(3, tol=1e-6), m.sharpness, *m.powers.values()][1:]),
     "moments of batches": batches,
@@ -160,6 +169,59 @@ def close(found: Any, expected: list[float]) -> None:
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_gpu_gives_what_the_cpu_does(name: str) -> None:
     close(CHECKS[name]("cuda"), CHECKS[name]("cpu"))
+
+
+@contextmanager
+def coarse() -> Iterator[None]:
+    """Everything that rounds within products is switched on."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["MLP", "CNN", "LSTM", "attention"])
+def test_rounding_that_is_switched_on_on_a_gpu_does_not_enter_a_product(name: str) -> None:
+    model, x, y = problem(name, "cuda")
+    exact = product(name, 1, "cpu")
+    with coarse():
+        h = Hessian(model.float(), nn.CrossEntropyLoss(), (x.float(), y), memory="1GB")
+        found = numbers(h @ torch.linspace(-1, 1, h.shape[0], device="cuda"))
+    scale = max(map(abs, exact))
+    # float32 rounds to 6e-8, TF32 to 5e-4
+    assert torch.allclose(torch.tensor(found), torch.tensor(exact), rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", [SAM, FriendlySAM, AgnosticSAM, SAMPa])
+def test_an_autocast_region_around_a_step_on_a_gpu_is_one_in_the_closure(kind: type[SAM]) -> None:
+    def trained(around: bool, rho: float = 0.5) -> Tensor:
+        model, x, y = problem("MLP", "cuda")
+        model, x = model.float(), x.float()
+        optimizer = kind(model.parameters(), torch.optim.SGD, rho=rho, lr=0.1)
+
+        def half(on: bool) -> Any:
+            return torch.autocast("cuda", torch.float16) if on else nullcontext()
+
+        def closure() -> Tensor:
+            with half(not around):
+                loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            with half(around):
+                optimizer.step(*[closure] * (2 if kind in (AgnosticSAM, SAMPa) else 1))
+        return torch.cat([w.detach().flatten() for w in model.parameters()])
+
+    assert torch.equal(trained(True), trained(False))
+    assert not torch.equal(trained(True), trained(True, rho=0.0))
 
 
 SLOW = {"moments", "moments of batches", "stability", "sharpness", "power iteration", *CHAINS} - {CHAINS[0]}

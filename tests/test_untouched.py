@@ -206,14 +206,34 @@ def test_reduced_precision_of_products_is_switched_off_and_on_again(precision: s
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         seen.append((torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
-        return CE(model(batch[0]), batch[1])
+        with torch.backends.cudnn.flags(enabled=False):  # which reads the older switches
+            return CE(model(batch[0]), batch[1])
 
     torch.set_float32_matmul_precision(precision)
+    before = precisions()
     try:
         top(network(), loss)
-        assert set(seen) == {("ieee", "ieee")} and torch.get_float32_matmul_precision() == precision
+        assert set(seen) <= {("ieee", "ieee"), ("ieee", "none")} and precisions() == before  # none: as by default
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def precisions() -> list[Any]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    old = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    return [*old, *(part.fp32_precision for part in (matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul))]
+
+
+def test_switches_that_contradict_each_other_are_left_so() -> None:
+    cudnn: Any = torch.backends.cudnn
+    cudnn.conv.fp32_precision = "ieee"  # while the older switch allows TF32
+    try:
+        assert close(top(network()), top(network()))
+        assert cudnn.conv.fp32_precision == "ieee" and cudnn.rnn.fp32_precision == "tf32"
+        with pytest.raises(RuntimeError, match="TF32"):
+            _ = cudnn.allow_tf32
+    finally:
+        cudnn.conv.fp32_precision = "tf32"
 
 
 def test_a_model_that_hides_its_graph_is_not_flat() -> None:
