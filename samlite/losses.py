@@ -292,10 +292,10 @@ class Losses:
         (value, gradient), (mean, mean_gradient) = (
             self._mean(batches) for batches in ([batch], [rows(batch, part) for part in parts])
         )
-        off = (value - mean).abs() > tol * torch.maximum(value.abs(), mean.abs())
+        same = (value - mean).abs() <= tol * torch.maximum(value.abs(), mean.abs())  # not so where a part is nan
         change = [a - b for a, b in zip(gradient, mean_gradient, strict=True)]
-        away = _largest(change) > 10 * tol * torch.maximum(_largest(gradient), _largest(mean_gradient))
-        return bool(off | away)
+        alike = _largest(change) <= 10 * tol * torch.maximum(_largest(gradient), _largest(mean_gradient))
+        return not bool(same & alike)
 
     def _mean(self, batches: Sequence[Any]) -> tuple[Tensor, Sequence[Tensor]]:
         """The mean loss of some batches beside the stream, and its gradient."""
