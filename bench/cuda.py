@@ -25,8 +25,8 @@ from rich.table import Table
 from torch import nn
 
 from samlite import SAM, AgnosticSAM, FriendlySAM, Hessian, SAMPa, __version__
-from samlite.config import usable_device
 from samlite.models import mlp, resnet18
+from samlite.training.config import usable_device
 
 TESTS = Path(__file__).parents[1] / "tests"
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import samlite
 from samlite import Hessian, tasks
-from samlite.tracking import Tracker
+from samlite.curvature.tracking import Tracker
 
 CRITERION = nn.CrossEntropyLoss()
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from samlite.cli.console import interval, print_json, stdout, table
 
 if TYPE_CHECKING:
-    from samlite.groups import Group
+    from samlite.report.groups import Group
 
 
 def present_convergence(folder: Path, as_json: bool, path: Path | None) -> None:
     """Linear convergence: the rate of every group, how straight the curves are, and their figure if asked."""
-    from samlite import figures
-    from samlite.convergence import convergence
+    from samlite.report import figures
+    from samlite.report.convergence import convergence
 
     _present(
         convergence(folder),
@@ -29,8 +29,8 @@ def present_convergence(folder: Path, as_json: bool, path: Path | None) -> None:
 
 def present_solutions(folder: Path, as_json: bool, path: Path | None) -> None:
     """The interpolating solutions: how they spread, how far they travelled, how far apart they are."""
-    from samlite import figures
-    from samlite.solutions import solutions
+    from samlite.report import figures
+    from samlite.report.solutions import solutions
 
     _present(
         solutions(folder),
@@ -54,9 +54,9 @@ def present_solutions(folder: Path, as_json: bool, path: Path | None) -> None:
 
 def present_cost(folder: Path, as_json: bool, path: Path | None) -> None:
     """Every optimizer after the same number of gradient evaluations, and after all its epochs."""
-    from samlite import figures
-    from samlite.cost import costs
-    from samlite.report import percent
+    from samlite.report import figures
+    from samlite.report.by_width import percent
+    from samlite.report.cost import costs
 
     found = costs(folder)
     scale = percent(found[0].metric)

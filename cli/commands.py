@@ -14,6 +14,7 @@ from samlite.cli.sharpness import sharpness
 from samlite.cli.sweep import sweep
 from samlite.cli.tasks import tasks
 from samlite.cli.train import train
+from samlite.errors import UsageError
 
 LINE = 1_000  # characters of an error at most
 
@@ -60,7 +61,7 @@ def run(arguments: Sequence[str] | None) -> None:
     except click.UsageError as error:
         help_command = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
         _fail(error.format_message() + help_command, 2)
-    except (click.ClickException, ValueError) as error:
+    except (click.ClickException, UsageError) as error:
         _fail(error, 2)
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""

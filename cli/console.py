@@ -65,7 +65,7 @@ def print_json(document: Any) -> None:
 
 def metric(value: float, name: str) -> str:
     """A metric as people read it: a fraction in percent, a loss or a score as it is."""
-    from samlite.report import percent  # which needs torch
+    from samlite.report.by_width import percent  # which needs torch
 
     return f"{100 * value:.2f} %" if percent(name) == 100 else f"{value:.4g}"
 

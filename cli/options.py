@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from samlite.errors import UsageError
 from samlite.files import regular
 
 if sys.version_info >= (3, 11):
@@ -234,14 +235,14 @@ def read_recipe(path: Path | None) -> dict[str, Any]:
     """The recipe fields in a TOML file."""
     if path is None:
         return {}
-    from samlite.config import check_recipe
+    from samlite.training.config import check_recipe
 
     regular(path)
     try:
         recipe: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         check_recipe(recipe)
     except RecursionError:
-        raise ValueError(f"{path}: it is nested too deeply") from None
+        raise UsageError(f"{path}: it is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UsageError(f"{path}: {error}") from None
     return recipe

@@ -8,12 +8,13 @@ import click
 from samlite.cli.claims import present_convergence, present_cost, present_solutions
 from samlite.cli.console import interval, print_json, shortened, stdout, table
 from samlite.cli.options import existing, json_option
+from samlite.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from samlite.intervals import Comparison
-    from samlite.report import Outcome, Report, Row
+    from samlite.report.by_width import Outcome, Report, Row
 
 
 @click.command(short_help="Show a sweep's table, and draw its figure.")
@@ -48,7 +49,7 @@ def report(folder: Path, figure: Path | None, view: str | None, by: str, as_json
       samlite report runs/digits --by cost
     """
     if view and by == "cost":
-        raise ValueError(f"--by cost must stand alone, got it with --{view}; leave one out")
+        raise UsageError(f"--by cost must stand alone, got it with --{view}; leave one out")
     views = {
         "convergence": present_convergence,
         "solutions": present_solutions,
@@ -60,8 +61,8 @@ def report(folder: Path, figure: Path | None, view: str | None, by: str, as_json
 
 def present(folder: Path, as_json: bool, figure: Path | None = None) -> None:
     """Report on a sweep, on screen or as JSON, with a figure if asked."""
-    from samlite.figures import by_width
-    from samlite.report import summarize
+    from samlite.report.by_width import summarize
+    from samlite.report.figures import by_width
 
     found = summarize(folder)
     if figure:
@@ -87,7 +88,7 @@ def _show(found: "Report") -> None:
 
 def _show_metrics(found: "Report") -> None:
     """The metrics, and λ_max if that is all that was measured."""
-    from samlite.report import percent
+    from samlite.report.by_width import percent
 
     scale = percent(found.metric)
     alone = not any(outcome.nonuniformity for outcome in _outcomes(found))

@@ -10,11 +10,12 @@ from rich.text import Text
 
 from samlite.cli.console import print_json, progress, stdout, table
 from samlite.cli.options import existing, json_option
+from samlite.errors import UsageError
 from samlite.files import replaceable
 
 if TYPE_CHECKING:
-    from samlite.hessian import Hessian
-    from samlite.measure import Subject
+    from samlite.curvature.hessian import Hessian
+    from samlite.training.measurements import Subject
 
 FIGURE = "density.png"  # in a run's folder
 
@@ -124,13 +125,13 @@ def sharpness(
     """
     _check_options(source, samples, lr, rho, figure, wanted, {"--model": model, "--data": data, "--loss": loss})
     _check_files(source, figure, save_vectors)
-    from samlite import ranks
+    from samlite import distributed
 
-    click.get_current_context().with_resource(ranks.joined())
+    click.get_current_context().with_resource(distributed.joined())
     subject = _subject(source, samples, device, model, data, loss)
     lr, rho = lr if lr is not None else subject.lr, rho if rho is not None else subject.rho
     if wanted["stability"] and lr is None:
-        raise ValueError("--stability of a checkpoint needs --lr, got none; give the learning rate of its training")
+        raise UsageError("--stability of a checkpoint needs --lr, got none; give the learning rate of its training")
     precise = wanted["moments"] or wanted["stability"]
     dtype = dtype or ("float64" if precise and device != "mps" else "float32")
     settings = {"mode": mode, "dtype": dtype, "curvature": curvature}
@@ -151,9 +152,9 @@ def sharpness(
             if wanted[name]:
                 more[name] = measure()
 
-    if ranks.rank() > 0:  # the first process speaks for all
+    if distributed.rank() > 0:  # the first process speaks for all
         return
-    from samlite.measure import as_record, document, keep
+    from samlite.training.measurements import as_record, document, keep
 
     record = as_record(subject, found, which, measured_parameters=hessian.shape[0], **settings)
     record |= {name: document(value) for name, value in more.items()}
@@ -182,47 +183,47 @@ def _check_options(
     checkpoint: dict[str, str | None],
 ) -> None:
     if samples is not None and samples < 1:
-        raise ValueError(f"--samples must be >= 1, got {samples}")
+        raise UsageError(f"--samples must be >= 1, got {samples}")
     for name, value, needed in (
         ("--lr", lr, "stability"),
         ("--rho", rho, "stability"),
         ("--figure", figure, "density"),
     ):
         if value is not None and not wanted[needed]:
-            raise ValueError(f"{name} must go with --{needed}, got {value}; leave it out, or add --{needed}")
+            raise UsageError(f"{name} must go with --{needed}, got {value}; leave it out, or add --{needed}")
     if lr is not None and not 0 < lr < math.inf:
-        raise ValueError(f"--lr must be > 0, got {lr}")
+        raise UsageError(f"--lr must be > 0, got {lr}")
     if rho is not None and not 0 <= rho < math.inf:
-        raise ValueError(f"--rho must be >= 0, got {rho}")
+        raise UsageError(f"--rho must be >= 0, got {rho}")
     given = [name for name, value in checkpoint.items() if value]
     if source.is_dir() and given:
-        raise ValueError(f"{given[0]} must go with a checkpoint file, got the folder {source}; leave it out")
+        raise UsageError(f"{given[0]} must go with a checkpoint file, got the folder {source}; leave it out")
     if not source.is_dir() and not {"--model", "--data"} <= set(given):
-        raise ValueError(
+        raise UsageError(
             f"a checkpoint needs --model pkg.mod:factory and --data pkg.mod:batches, got the file {source}"
         )
 
 
 def _check_files(source: Path, figure: Path | None, vectors: Path | None) -> None:
     """Before the work, not after it."""
-    from samlite.documents import read_sharpness
+    from samlite.training.documents import read_sharpness
 
     if source.is_dir():
         read_sharpness(source)
         replaceable(source / FIGURE)
     for name, path in (("--figure", figure), ("--save-vectors", vectors)):
         if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{name} must be in a folder that exists, got {path}; make {path.parent}")
+            raise UsageError(f"{name} must be in a folder that exists, got {path}; make {path.parent}")
         if path is not None:
             replaceable(path)
     if figure is not None and figure.suffix not in (".png", ".pdf", ".svg", ".jpg"):
-        raise ValueError(f"--figure must end in .png, .pdf, .svg or .jpg, got {figure}")
+        raise UsageError(f"--figure must end in .png, .pdf, .svg or .jpg, got {figure}")
 
 
 def _subject(
     source: Path, samples: int | None, device: str | None, model: str | None, data: str | None, loss: str | None
 ) -> "Subject":
-    from samlite.measure import checkpoint_subject, run_subject
+    from samlite.training.measurements import checkpoint_subject, run_subject
 
     if source.is_dir():
         return run_subject(source, samples, device)
@@ -245,7 +246,7 @@ def _measurements(
 
 
 def _save(path: Path, found: Any) -> None:
-    from samlite.checkpoints import save_tensors
+    from samlite.training.checkpoints import save_tensors
 
     save_tensors(path, {"values": found.values, "vectors": found.vectors.contiguous().cpu()})
 
@@ -255,7 +256,7 @@ def _draw(source: Path, figure: Path | None, density: Any) -> Path | None:
     path = figure or (source / FIGURE if source.is_dir() else None)
     if density is None or path is None:
         return None
-    from samlite import figures
+    from samlite.report import figures
 
     try:
         figures.density(density, path, str(source))

@@ -11,10 +11,11 @@ from samlite.cli import options
 from samlite.cli.console import progress, shortened
 from samlite.cli.options import json_option, read_recipe, recipe_options, task_argument
 from samlite.cli.report import present
+from samlite.errors import UsageError
 
 if TYPE_CHECKING:
-    from samlite.config import Config
-    from samlite.engines import Engine
+    from samlite.sweep.engines import Engine
+    from samlite.training.config import Config
 
 
 @click.command(short_help="Train and measure a grid of runs, and report.")
@@ -114,10 +115,10 @@ def sweep(
     each run is a job, which is requeued and resumes when its time is up.
     """
     from samlite import sweep as sweeps
-    from samlite.engines import Cluster, Local
+    from samlite.sweep.engines import Cluster, Local
 
     if engine == "local" and (partition or gpus):
-        raise ValueError("--partition and --gpus must go with --engine slurm; leave them out")
+        raise UsageError("--partition and --gpus must go with --engine slurm; leave them out")
     if gpus and device is None:
         device = "cuda"  # of the nodes; this one may have none
     overrides, given = read_recipe(config), {name: value for name, value in recipe.items() if value is not None}
@@ -146,13 +147,13 @@ def sweep(
 
 def _check_taken(given: dict[str, Any], cells: "list[Config]") -> None:
     """What is given for some kinds of optimizers must be for one of the sweep."""
-    from samlite.config import OWN_NAMES
+    from samlite.training.config import OWN_NAMES
 
     for name in ("momentum", "adaptive", "normalize", "every", "m", *OWN_NAMES):
         if name in given and not any(getattr(cell, name) == given[name] for cell in cells):
             used = ", ".join(dict.fromkeys(cell.optimizer for cell in cells))
             option = "--no-normalize" if name == "normalize" else f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} must be for one of the optimizers, got {used}; see samlite train --help")
+            raise UsageError(f"{option} must be for one of the optimizers, got {used}; see samlite train --help")
 
 
 def _gpus() -> list[str]:

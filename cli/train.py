@@ -22,8 +22,8 @@ from samlite.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from samlite.config import Config
-    from samlite.training import EpochRecord
+    from samlite.training.config import Config
+    from samlite.training.loop import EpochRecord
 
 SHOWN = (  # of a result
     *("metric", "final.test_metric", "final.train_loss", "final.train_metric", "best.test_metric", "best.epoch"),
@@ -85,18 +85,18 @@ def train(
     """
     if stop_with_stdin:
         threading.Thread(target=_stop_with_stdin, daemon=True).start()
-    from samlite.checkpoints import parse_json
-    from samlite.config import Config
+    from samlite.training.checkpoints import parse_json
+    from samlite.training.config import Config
 
     recipe = read_recipe(config)
     settings = Config.from_json(parse_json(cell), "--cell") if cell else Config.of(task, recipe, **choices)
     folder = out or Path("runs") / f"{task}-{settings.name}"
-    from samlite import ranks
+    from samlite import distributed
 
-    click.get_current_context().with_resource(ranks.joined())
+    click.get_current_context().with_resource(distributed.joined())
     with progress() as bar:
         _train(settings, folder, resume, bar)
-        if ranks.rank() > 0:  # the first process speaks for all
+        if distributed.rank() > 0:  # the first process speaks for all
             return
         if settings.track:
             _draw(settings, folder)
@@ -125,7 +125,7 @@ def _train(settings: "Config", folder: Path, resume: bool, bar: Progress) -> Non
 
 def _sharpness(record: "EpochRecord") -> str:
     """The largest eigenvalue where it is tracked, beside the threshold of gradient descent."""
-    from samlite.training import TrackedRecord
+    from samlite.training.loop import TrackedRecord
 
     if not isinstance(record, TrackedRecord):
         return ""
@@ -136,8 +136,8 @@ def _sharpness(record: "EpochRecord") -> str:
 
 def _draw(settings: "Config", folder: Path) -> None:
     """The figure of a finished run with tracked eigenvalues, unless it is there; without matplotlib, how to get it."""
-    from samlite import figures
-    from samlite.documents import read_records
+    from samlite.report import figures
+    from samlite.training.documents import read_records
 
     path = folder / "track.png"
     if path.exists():
@@ -151,13 +151,13 @@ def _draw(settings: "Config", folder: Path) -> None:
 
 def _measure(settings: "Config", folder: Path, measure: tuple[str, ...], bar: Progress) -> bool:
     """Measure what is asked of a run and not done; return whether it converged."""
-    from samlite.sweep import measured
+    from samlite.sweep.run import measured
 
     if measured(folder, measure):
         return True
     import torch
 
-    from samlite.measure import measure_run
+    from samlite.training.measurements import measure_run
 
     torch.set_num_threads(settings.threads)
     work = bar.add_task(f"{settings.name}: measuring", total=None)
@@ -171,7 +171,7 @@ def _measure(settings: "Config", folder: Path, measure: tuple[str, ...], bar: Pr
 
 def _found(folder: Path) -> dict[str, Any]:
     """What a finished run's folder holds: its result, and its sharpness if measured."""
-    from samlite.documents import read_result, read_sharpness
+    from samlite.training.documents import read_result, read_sharpness
 
     sharpness = read_sharpness(folder)
     return {"result": read_result(folder, *SHOWN), **({"sharpness": sharpness} if sharpness else {})}

@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from samlite import figures
-from samlite.checkpoints import read_json
-from samlite.convergence import convergence
-from samlite.cost import costs
-from samlite.groups import groups
 from samlite.intervals import Interval
-from samlite.report import Report, percent, summarize
-from samlite.solutions import solutions
-from samlite.sweep import read
+from samlite.report import figures
+from samlite.report.by_width import Report, percent, summarize
+from samlite.report.convergence import convergence
+from samlite.report.cost import costs
+from samlite.report.groups import groups
+from samlite.report.solutions import solutions
+from samlite.sweep.run import read
+from samlite.training.checkpoints import read_json
 
 ROOT = Path(__file__).resolve().parent
 RUNS = ROOT.parent / "runs" / "results"

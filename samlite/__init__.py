@@ -7,13 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from samlite.hessian import Hessian
-    from samlite.moments import Moments
-    from samlite.operator import Density, Eigenvalues, Estimate
-    from samlite.sam import SAM
-    from samlite.sharpness import Block, Sharpness
-    from samlite.stability import Stability
-    from samlite.variants import AgnosticSAM, FriendlySAM, SAMPa
+    from samlite.curvature.hessian import Hessian
+    from samlite.curvature.moments import Moments
+    from samlite.curvature.operator import Density, Eigenvalues, Estimate
+    from samlite.curvature.sharpness import Block, Sharpness
+    from samlite.curvature.stability import Stability
+    from samlite.errors import UsageError
+    from samlite.optim.sam import SAM
+    from samlite.optim.variants import AgnosticSAM, FriendlySAM, SAMPa
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,22 +30,24 @@ __all__ = [
     "SAMPa",
     "Sharpness",
     "Stability",
+    "UsageError",
     "__version__",
 ]
 
 _HOME = {
-    "SAM": "samlite.sam",
-    "AgnosticSAM": "samlite.variants",
-    "FriendlySAM": "samlite.variants",
-    "SAMPa": "samlite.variants",
-    "Hessian": "samlite.hessian",
-    "Moments": "samlite.moments",
-    "Density": "samlite.operator",
-    "Eigenvalues": "samlite.operator",
-    "Estimate": "samlite.operator",
-    "Block": "samlite.sharpness",
-    "Sharpness": "samlite.sharpness",
-    "Stability": "samlite.stability",
+    "UsageError": "samlite.errors",
+    "SAM": "samlite.optim.sam",
+    "AgnosticSAM": "samlite.optim.variants",
+    "FriendlySAM": "samlite.optim.variants",
+    "SAMPa": "samlite.optim.variants",
+    "Hessian": "samlite.curvature.hessian",
+    "Moments": "samlite.curvature.moments",
+    "Density": "samlite.curvature.operator",
+    "Eigenvalues": "samlite.curvature.operator",
+    "Estimate": "samlite.curvature.operator",
+    "Block": "samlite.curvature.sharpness",
+    "Sharpness": "samlite.curvature.sharpness",
+    "Stability": "samlite.curvature.stability",
 }
 
 

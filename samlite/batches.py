@@ -15,12 +15,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from samlite.errors import UsageError
+
 Form = tuple[tuple[int, ...], ...]  # of a batch: the shapes of its tensors without the samples
 _Opened = tuple[list[Any], Callable[[list[Any]], Any]]  # what a container holds, and what makes one of it again
-
-
-class InputError(ValueError):
-    """A model, loss or batch cannot be used; the message says why."""
 
 
 def is_pair(data: Any) -> bool:
@@ -56,10 +54,10 @@ def rows(batch: Any, index: slice) -> Any:
             return part[index] if part.ndim else part
         if part is None or isinstance(part, str | bytes | bool | int | float | complex | np.generic):
             return part
-        raise InputError(f"a batch must hold tensors with one row a sample to be cut, got {described(part)}")
+        raise UsageError(f"a batch must hold tensors with one row a sample to be cut, got {described(part)}")
 
     if _graphs(batch) is not None:
-        raise InputError(f"a batch must hold tensors with one row a sample to be cut, got {described(batch)}")
+        raise UsageError(f"a batch must hold tensors with one row a sample to be cut, got {described(batch)}")
     return mapped(cut, batch)
 
 
@@ -68,7 +66,7 @@ def samples(batch: Any) -> int:
     sizes = _sizes(batch)
     if len(sizes) != 1:
         found = "tensors of " + " and ".join(map(str, sorted(sizes))) + " rows" if sizes else described(batch)
-        raise InputError(
+        raise UsageError(
             f"loss_fn must return (mean loss, weight) where the batch does not show its number of samples, got {found}"
         )
     return sizes.pop()

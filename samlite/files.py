@@ -10,6 +10,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from samlite.errors import UsageError
+
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -27,7 +29,7 @@ def regular(path: Path) -> Path:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{path} must be a regular file, got {_KINDS.get(stat.S_IFMT(mode), 'something else')}")
+        raise UsageError(f"{path} must be a regular file, got {_KINDS.get(stat.S_IFMT(mode), 'something else')}")
     return path
 
 
@@ -40,7 +42,7 @@ def replaceable(path: Path) -> Path:
 
 
 def regular_tree(folder: Path) -> None:
-    """Raise ValueError where a folder holds something else than folders and regular files, but for hidden ones."""
+    """Raise UsageError where a folder holds something else than folders and regular files, but for hidden ones."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:

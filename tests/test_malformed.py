@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from samlite import engines, training
-from samlite.checkpoints import write_json
 from samlite.cli import main
-from samlite.config import Config
+from samlite.sweep import engines
+from samlite.training import loop as training
+from samlite.training.checkpoints import write_json
+from samlite.training.config import Config
 
 pytest.importorskip("sklearn")
 pytest.importorskip("samlite._C")

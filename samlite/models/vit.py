@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from samlite.errors import UsageError
 from samlite.models.resnet import Normalize
 
 PATCH = 4  # pixels: 64 patches of a 32×32 image; patches of 8 lose detail, and of 2 cost 16 times the attention
@@ -75,9 +76,9 @@ class Mean(nn.Module):
 def vit(
     width: int, *, size: int, mean: Sequence[float], std: Sequence[float], outputs: int, dropout: float = 0.0
 ) -> nn.Sequential:
-    """For images of size×size pixels in bytes. Raises ValueError where the heads do not divide the width."""
+    """For images of size×size pixels in bytes. Raises UsageError where the heads do not divide the width."""
     if width % HEADS:
-        raise ValueError(f"width must be a multiple of {HEADS}, the number of heads, got {width}")
+        raise UsageError(f"width must be a multiple of {HEADS}, the number of heads, got {width}")
     return nn.Sequential(
         *(Normalize(mean, std), Patches(width, size)),
         *(Block(width, dropout) for _ in range(DEPTH)),

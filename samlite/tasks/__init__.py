@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 
+from samlite.errors import UsageError
 from samlite.files import described
 from samlite.tasks import cifar10, digits, games, imagenet, mnist, molpcba, pos, sst2, synthetic, vit
 from samlite.tasks.task import Recipe, Splits, Task, TensorData
@@ -18,9 +19,9 @@ TASKS = {
 
 
 def get(name: str) -> Task:
-    """The task of this name. Raises ValueError that suggests the nearest one."""
+    """The task of this name. Raises UsageError that suggests the nearest one."""
     if isinstance(name, str) and name in TASKS:
         return TASKS[name]
     near = get_close_matches(str(name), TASKS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"task must be one of {', '.join(TASKS)}, got {described(name)}{hint}")
+    raise UsageError(f"task must be one of {', '.join(TASKS)}, got {described(name)}{hint}")

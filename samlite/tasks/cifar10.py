@@ -4,8 +4,8 @@ from functools import partial
 
 from torch import nn
 
+from samlite.data.images import crop_and_flip, load_in_memory
 from samlite.models import resnet18
-from samlite.tasks.images import crop_and_flip, load_in_memory
 from samlite.tasks.task import Accuracy, Recipe, Splits, Task
 
 # Of the training pixels scaled to [0, 1], a number a channel.
@@ -16,7 +16,7 @@ def load(source: str | None, seed: int) -> Splits:
     """Images as bytes (n, 3, 32, 32), which the network normalises; the same split for every seed.
 
     source is a hub id or a folder that `datasets.load_dataset` reads, with the columns img (or image) and
-    label in the splits train and test. Raises ValueError that names the column and row of bad data.
+    label in the splits train and test. Raises UsageError that names the column and row of bad data.
     """
     return load_in_memory(source, "cifar10", size=32, mode="RGB", classes=10, columns=("img", "image"))
 

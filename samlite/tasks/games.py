@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from samlite import ranks
+from samlite import distributed
+from samlite.errors import UsageError
 from samlite.models import atari_cnn, mlp_actor_critic
 from samlite.tasks.task import Batch, Recipe, Scores, Splits, Task, TensorData
 
 if TYPE_CHECKING:
-    from samlite.config import Config
+    from samlite.training.config import Config
 
 # Seeds of environments, no two alike: those of training are drawn from what is above
 TRAIN, VALIDATION, TEST, MEASURED, TRAINING = 1_000, 2_000, 3_000, 4_000, 1_000_000
@@ -173,29 +174,31 @@ class Game(Task):
         return False  # every epoch has other samples
 
     def configured(self, config: Config) -> Task:
-        """As of `Task`. Raises ValueError where a setting is out of range or cannot be had of a game."""
+        """As of `Task`. Raises UsageError where a setting is out of range or cannot be had of a game."""
         if config.optimizer == "agnostic":
-            raise ValueError(f"optimizer agnostic needs training data to hold out, which task {self.name} has none of")
+            raise UsageError(f"optimizer agnostic needs training data to hold out, which task {self.name} has none of")
         if config.optimizer == "sampa":
-            raise ValueError(
+            raise UsageError(
                 f"optimizer sampa needs the next batch before it steps, which task {self.name} plays after"
             )
         if config.track:
-            raise ValueError(f"track must be 0 for task {self.name}, whose samples are other ones after every epoch")
-        if ranks.world() > 1:
-            raise ValueError(f"task {self.name} trains in one process, got {ranks.world()}; start it without torchrun")
+            raise UsageError(f"track must be 0 for task {self.name}, whose samples are other ones after every epoch")
+        if distributed.world() > 1:
+            raise UsageError(
+                f"task {self.name} trains in one process, got {distributed.world()}; start it without torchrun"
+            )
         settings = dict(config.settings)
         for name, most in MOST.items():
             if settings[name] < 1 or settings[name] % 1:
-                raise ValueError(f"setting {name} must be an integer >= 1, got {settings[name]:g}")
+                raise UsageError(f"setting {name} must be an integer >= 1, got {settings[name]:g}")
             if settings[name] > most:
-                raise ValueError(f"setting {name} must be <= {most:,}, got {settings[name]:g}")
+                raise UsageError(f"setting {name} must be <= {most:,}, got {settings[name]:g}")
         for name in ("gamma", "lambda"):
             if not 0 <= settings[name] <= 1:
-                raise ValueError(f"setting {name} must be between 0 and 1, got {settings[name]:g}")
+                raise UsageError(f"setting {name} must be between 0 and 1, got {settings[name]:g}")
         for name in ("clip", "value", "entropy", "scale"):
             if settings[name] < 0:
-                raise ValueError(f"setting {name} must be >= 0, got {settings[name]:g}")
+                raise UsageError(f"setting {name} must be >= 0, got {settings[name]:g}")
         return replace(self, loss=_objective(settings), recipe=replace(self.recipe, settings=settings))
 
     def batches(self, model: nn.Module, data: Episodes, config: Config, order: torch.Generator) -> Iterator[Batch]:
@@ -312,7 +315,7 @@ def _atari(game: str | None, count: int, frames: int) -> Any:
 
 
 def load_atari(source: str | None, seed: int) -> Splits:
-    """The same episodes for every seed. Raises ValueError where the emulator has no such game."""
+    """The same episodes for every seed. Raises UsageError where the emulator has no such game."""
     try:
         import gymnasium  # noqa: F401
         from ale_py import roms
@@ -322,7 +325,7 @@ def load_atari(source: str | None, seed: int) -> Splits:
     if source not in games:
         near = get_close_matches(str(source).lower(), games, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else f", such as {', '.join(games[:3])}"
-        raise ValueError(f"data must name one of the {len(games)} Atari games, got {source!r}{hint}")
+        raise UsageError(f"data must name one of the {len(games)} Atari games, got {source!r}{hint}")
     return _splits(source, 5, actions=_atari(source, 1, 1).single_action_space.n)
 
 

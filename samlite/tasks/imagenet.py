@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from samlite.data.images import Table, tables
+from samlite.errors import UsageError
 from samlite.models import resnet50
 from samlite.seeds import generator
-from samlite.tasks.images import Table, tables
 from samlite.tasks.task import Accuracy, Batch, Recipe, Scores, Splits, Task, hold_out
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from samlite.config import Config
+    from samlite.training.config import Config
 
 # Of the training pixels scaled to [0, 1], a number a channel.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -62,7 +63,7 @@ class Photographs:
     ) -> Iterator[Batch]:
         """As of `Data`: bytes (n, 3, size, size). With augment, random crops and mirror images by the generator.
 
-        Raises ValueError with the file or row of an image that cannot be read.
+        Raises UsageError with the file or row of an image that cannot be read.
         """
         order = torch.arange(len(self))
         seed = None
@@ -79,7 +80,7 @@ class Photographs:
         )
         for part, images in zip(parts, loader, strict=True):
             if isinstance(images, str):
-                raise ValueError(images)
+                raise UsageError(images)
             yield images.to(self.targets.device), self.targets[part.to(self.targets.device)]
 
 
@@ -150,7 +151,7 @@ def load(source: str | None, seed: int) -> Splits:
 
     source is a hub id, a folder of parquet files, or one of class folders: train/CLASS/x.jpeg and
     validation/CLASS/x.jpeg (or val). The labels of the official test split are secret, so the official validation
-    split is the test split here, and a tenth of train is held out for validation. Raises ValueError that names the
+    split is the test split here, and a tenth of train is held out for validation. Raises UsageError that names the
     column and row of a bad label; a bad image shows when it is read.
     """
     (train, test), classes = tables(source, "imagenet", ("train", "validation"))
@@ -175,11 +176,11 @@ class ImageNet(Task):
         return True
 
     def splits(self, config: Config) -> Splits:
-        """The data at the size and with the workers of the settings. Raises ValueError where these are no integers."""
+        """The data at the size and with the workers of the settings. Raises UsageError where these are no integers."""
         data, settings = super().splits(config), dict(config.settings)
         for name, least in (("size", 1), ("workers", 0)):
             if settings[name] < least or settings[name] % 1:
-                raise ValueError(f"settings: {name} must be an integer >= {least}, got {settings[name]:g}")
+                raise UsageError(f"settings: {name} must be an integer >= {least}, got {settings[name]:g}")
         size, workers = int(settings["size"]), int(settings["workers"])
         train, validation, test = (
             replace(part, size=size, workers=workers) for part in (data.train, data.validation, data.test)

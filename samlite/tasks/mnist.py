@@ -5,8 +5,8 @@ from functools import partial
 
 from torch import nn
 
+from samlite.data.images import load_in_memory
 from samlite.models import tapered_mlp
-from samlite.tasks.images import load_in_memory
 from samlite.tasks.task import Accuracy, Recipe, Splits, Task, TensorData
 
 MEAN, STD = 0.1307, 0.3081  # of the training pixels scaled to [0, 1]
@@ -16,7 +16,7 @@ def load(source: str | None, seed: int) -> Splits:
     """Images as normalised vectors (n, 784); the same split for every seed.
 
     source is a hub id or a folder that `datasets.load_dataset` reads, with the columns image and
-    label in the splits train and test. Raises ValueError that names the column and row of bad data.
+    label in the splits train and test. Raises UsageError that names the column and row of bad data.
     """
     images = load_in_memory(source, "mnist", size=28, mode="L", classes=10)
     return Splits(_normalised(images.train), _normalised(images.validation), _normalised(images.test))

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from samlite.data.graphs import LARGEST, Graph, GraphData, canonical, graph, molecule, scaffold, scaffold_split, silent
+from samlite.errors import UsageError
 from samlite.files import regular
 from samlite.models import graph_network
-from samlite.tasks.graphs import LARGEST, Graph, GraphData, canonical, graph, molecule, scaffold, scaffold_split, silent
-from samlite.tasks.ranking import Ranking
+from samlite.tasks.metrics import Ranking
 from samlite.tasks.task import Recipe, Splits, Task
 
 IDENTIFIERS = ("", "id", "index", "mol_id", "name")  # columns that are no labels
@@ -49,7 +50,7 @@ def load(source: str | None, seed: int) -> Splits:
     A core reads about 2,400 molecules of 25 atoms with 128 labels a second, so ogbg-molpcba takes 3 minutes. Memory
     grows with atoms, bonds and labels: 0.9 kB such a molecule, and 5 times that while they are read.
 
-    Raises ValueError that names the file and row of bad data; rows are counted from 1, below the header.
+    Raises UsageError that names the file and row of bad data; rows are counted from 1, below the header.
     """
     try:
         import rdkit  # noqa: F401
@@ -62,7 +63,7 @@ def load(source: str | None, seed: int) -> Splits:
         elif path.exists():
             rows, data = _table(path)
         else:
-            raise ValueError(
+            raise UsageError(
                 f"cannot load molecules from {source!r}: no such folder or file; give the folder that OGB unpacks "
                 "(https://ogb.stanford.edu/docs/graphprop, with mapping/mol.csv.gz in it), or a csv file"
             )
@@ -70,7 +71,7 @@ def load(source: str | None, seed: int) -> Splits:
     for name, part in parts.items():
         positive, negative = (part.targets == 1).any(0), (part.targets == 0).any(0)
         if len(part) and not (positive & negative).any():
-            raise ValueError(f"{path}: the {name} split must hold a label with both 0 and 1, or nothing can be ranked")
+            raise UsageError(f"{path}: the {name} split must hold a label with both 0 and 1, or nothing can be ranked")
     return Splits(**parts, sizes={"outputs": data.targets.shape[1]})
 
 
@@ -93,7 +94,7 @@ def _split(path: Path, count: int) -> list[int]:
     for number, row in enumerate(_rows(path), 1):
         index = int(row[0]) if len(row) == 1 and row[0].isdecimal() else -1
         if not 0 <= index < count:
-            raise ValueError(f"{path}, row {number}: must be one of 0 ... {count - 1}, got {','.join(row)!r}")
+            raise UsageError(f"{path}, row {number}: must be one of 0 ... {count - 1}, got {','.join(row)!r}")
         rows.append(index)
     return rows
 
@@ -130,13 +131,13 @@ class _Table:
         self._rows = _rows(path)
         self._header = next(self._rows)
         if "smiles" not in self._header:
-            raise ValueError(f"{path}: no column 'smiles', only {', '.join(map(repr, self._header[:8]))}")
+            raise UsageError(f"{path}: no column 'smiles', only {', '.join(map(repr, self._header[:8]))}")
         self._smiles = self._header.index("smiles")
         self._columns = [
             i for i, name in enumerate(self._header) if i != self._smiles and name.lower() not in IDENTIFIERS
         ]
         if not self._columns:
-            raise ValueError(f"{path}: no column of labels beside {', '.join(map(repr, self._header))}")
+            raise UsageError(f"{path}: no column of labels beside {', '.join(map(repr, self._header))}")
         self._labels = array("f")
 
     def molecules(self) -> Iterator[Any]:
@@ -144,18 +145,18 @@ class _Table:
         for number, row in enumerate(self._rows, 1):
             place = f"{self.path}, row {number}"
             if len(row) != len(self._header):
-                raise ValueError(f"{place}: must have {len(self._header)} values, got {len(row)}")
+                raise UsageError(f"{place}: must have {len(self._header)} values, got {len(row)}")
             self._labels.extend(self._known(row, place))
             yield _molecule(row[self._smiles], place)
         if not self._labels:
-            raise ValueError(f"{self.path}: no rows")
+            raise UsageError(f"{self.path}: no rows")
 
     def _known(self, row: list[str], place: str) -> list[float]:
         try:
             return [LABELS[row[i]] for i in self._columns]
         except KeyError as error:
             column = next(self._header[i] for i in self._columns if row[i] not in LABELS)
-            raise ValueError(f"{place}, column {column!r}: a label must be 0, 1 or empty, got {error}") from None
+            raise UsageError(f"{place}, column {column!r}: a label must be 0, 1 or empty, got {error}") from None
 
     def targets(self) -> Tensor:
         """(rows, labels)."""
@@ -165,9 +166,9 @@ class _Table:
 def _molecule(smiles: str, place: str) -> Any:
     found = molecule(smiles)
     if found is None:
-        raise ValueError(f"{place}: not a valid SMILES: {smiles!r}")
+        raise UsageError(f"{place}: not a valid SMILES: {smiles!r}")
     if found.GetNumAtoms() > LARGEST:
-        raise ValueError(f"{place}: a molecule must have at most {LARGEST} atoms, got {found.GetNumAtoms()}")
+        raise UsageError(f"{place}: a molecule must have at most {LARGEST} atoms, got {found.GetNumAtoms()}")
     return found
 
 
@@ -182,11 +183,11 @@ def _rows(path: Path) -> Iterator[list[str]]:
                     found = True
                     yield row
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
+        raise UsageError(f"{path} does not exist") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a readable csv file: {str(error) or type(error).__name__}") from error
+        raise UsageError(f"{path} is not a readable csv file: {str(error) or type(error).__name__}") from error
     if not found:
-        raise ValueError(f"{path}: no rows")
+        raise UsageError(f"{path}: no rows")
 
 
 TASK = Task(

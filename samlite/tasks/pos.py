@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from samlite.data.sequences import LONGEST, Sequences, hide, padded
+from samlite.errors import UsageError
 from samlite.files import regular
 from samlite.models import tagger
-from samlite.tasks.sequences import LONGEST, Sequences, hide, padded
 from samlite.tasks.task import Accuracy, Recipe, Splits, Task, hold_out
 
 # fmt: off
@@ -36,11 +37,11 @@ def load(source: str | None, seed: int) -> Splits:
     """Sentences as features (n, T, 4) with the tag of each word (n, T); the same splits for every seed.
 
     source is a folder that holds *-ud-train.conllu, *-ud-test.conllu and, for validation, *-ud-dev.conllu, else a
-    tenth of the training sentences is held out. Raises ValueError that names the file and the line of bad data.
+    tenth of the training sentences is held out. Raises UsageError that names the file and the line of bad data.
     """
     folder = Path(str(source))
     if not folder.is_dir():
-        raise ValueError(
+        raise UsageError(
             f"data must be the folder of a Universal Dependencies treebank, got {source!r}; "
             "get one from github.com/UniversalDependencies"
         )
@@ -61,7 +62,7 @@ def load(source: str | None, seed: int) -> Splits:
 def _file(folder: Path, split: str) -> Path:
     found = list(folder.glob(f"*-ud-{split}.conllu"))
     if len(found) != 1:
-        raise ValueError(f"{folder} must hold one file *-ud-{split}.conllu, got {len(found)}")
+        raise UsageError(f"{folder} must hold one file *-ud-{split}.conllu, got {len(found)}")
     return found[0]
 
 
@@ -70,7 +71,7 @@ def _read(path: Path) -> list[Sentence]:
     try:
         lines = regular(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} must be UTF-8 text, which byte {error.start} is not") from error
+        raise UsageError(f"{path.name} must be UTF-8 text, which byte {error.start} is not") from error
     sentences: list[Sentence] = []
     sentence: Sentence = []
     started = False  # a sentence may start with comments
@@ -84,13 +85,13 @@ def _read(path: Path) -> list[Sentence]:
             sentence += [word] if word else []
         elif started:
             if not sentence:
-                raise ValueError(f"{place}: a sentence must have words before it ends, got none")
+                raise UsageError(f"{place}: a sentence must have words before it ends, got none")
             if len(sentence) > LONGEST:
-                raise ValueError(f"{place}: a sentence must have at most {LONGEST} words, got {len(sentence)}")
+                raise UsageError(f"{place}: a sentence must have at most {LONGEST} words, got {len(sentence)}")
             sentences.append(sentence)
             sentence, started = [], False
     if not sentences:
-        raise ValueError(f"{path.name} must hold sentences, got none")
+        raise UsageError(f"{path.name} must hold sentences, got none")
     return sentences
 
 
@@ -102,19 +103,19 @@ def _word(line: str, expected: int, place: str) -> tuple[str, int] | None:
         raise ImportError("task pos needs conllu: pip install 'samlite[text]'") from error
     columns = line.count("\t") + 1
     if columns != COLUMNS:
-        raise ValueError(f"{place}: a word must have {COLUMNS} columns with tabs between them, got {columns}")
+        raise UsageError(f"{place}: a word must have {COLUMNS} columns with tabs between them, got {columns}")
     try:
         token = parse_line(line, ("id", "form", "lemma", "upos"))
     except ParseException as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise UsageError(f"{place}: {error}") from error
     if isinstance(token["id"], tuple):
         return None
     if token["id"] != expected:
-        raise ValueError(f"{place}: the id of a word must count up from 1, here {expected}, got {token['id']}")
+        raise UsageError(f"{place}: the id of a word must count up from 1, here {expected}, got {token['id']}")
     if not token["form"]:
-        raise ValueError(f"{place}: the form of a word must not be empty")
+        raise UsageError(f"{place}: the form of a word must not be empty")
     if token["upos"] not in TAGS:
-        raise ValueError(f"{place}: the tag of a word must be one of {', '.join(TAGS)}, got {token['upos']!r}")
+        raise UsageError(f"{place}: the tag of a word must be one of {', '.join(TAGS)}, got {token['upos']!r}")
     return token["form"], TAGS.index(token["upos"])
 
 

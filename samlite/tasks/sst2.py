@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from samlite.data.hub import open_splits
+from samlite.data.sequences import LONGEST, Sequences, hide, padded
+from samlite.errors import UsageError
 from samlite.models import lstm
-from samlite.tasks.hub import open_splits
-from samlite.tasks.sequences import LONGEST, Sequences, hide, padded
 from samlite.tasks.task import Accuracy, Recipe, Splits, Task
 
 WORDS = 15_000  # rows of the table at most: padding, the unknown word and the most frequent ones; the data have 14,816
@@ -25,7 +26,7 @@ def load(source: str | None, seed: int) -> Splits:
 
     source is a hub id or a folder that `datasets.load_dataset` reads, with the columns sentence and label in the splits
     train and validation. The labels of GLUE's test split are not public, so its validation split is the test data here,
-    and a part of train that shares no sentence with the rest is the validation data. Raises ValueError that names the
+    and a part of train that shares no sentence with the rest is the validation data. Raises UsageError that names the
     column and row of bad data.
     """
     train_rows, test_rows = open_splits(source, "sst2", "text", ("train", "validation"), ("sentence", "label"))
@@ -40,13 +41,13 @@ def _phrases(table: Any, place: str) -> Phrases:
     rows = list(zip(table["sentence"][:], table["label"][:], strict=True))
     for row, (text, label) in enumerate(rows):
         if not isinstance(text, str) or not text.split():
-            raise ValueError(f"{place}, column 'sentence', row {row}: a sentence must have words, got {text!r}")
+            raise UsageError(f"{place}, column 'sentence', row {row}: a sentence must have words, got {text!r}")
         if (count := len(text.split())) > LONGEST:
-            raise ValueError(
+            raise UsageError(
                 f"{place}, column 'sentence', row {row}: a sentence must have at most {LONGEST} words, got {count}"
             )
         if type(label) is not int or label not in (0, 1):
-            raise ValueError(f"{place}, column 'label', row {row}: a label must be 0 or 1, got {label!r}")
+            raise UsageError(f"{place}, column 'label', row {row}: a label must be 0 or 1, got {label!r}")
     return [(text.split(), label) for text, label in rows]
 
 

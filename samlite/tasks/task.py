@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from samlite.losses import denominator
+from samlite.curvature.function import denominator
+from samlite.errors import UsageError
 from samlite.models import parameter_count
 from samlite.seeds import generator
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from samlite.config import Config
+    from samlite.training.config import Config
 
 Batch = tuple[Any, Tensor]  # inputs (a tensor, or a tuple of tensors) and targets, each with the samples first
 
@@ -87,7 +88,7 @@ class Splits:
     def __post_init__(self) -> None:
         for name in ("train", "validation", "test"):
             if not len(getattr(self, name)):
-                raise ValueError(f"the {name} split must not be empty; use more data")
+                raise UsageError(f"the {name} split must not be empty; use more data")
 
     def to(self, device: torch.device | str) -> Splits:
         return Splits(self.train.to(device), self.validation.to(device), self.test.to(device), self.sizes)

@@ -1,0 +1,1 @@
+"""What a forward pass does, layer by layer: where samples enter, and by which linear maps."""

@@ -1,0 +1,511 @@
+"""A data set as a stream of weighted losses, evaluated so that the model is left as it was.
+
+The Hessian is that of one fixed function of the weights: the mean loss over the samples of the data, in eval mode
+unless asked otherwise, in full float32 or float64, with no dropout, shuffling or augmentation. This file turns a
+model, a loss and data into that function, batch by batch; `samlite._C` differentiates it.
+"""
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy, deepcopy
+from functools import cached_property
+from itertools import chain, islice, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from samlite.batches import described, is_pair, mapped, placed, rows, samples, tensors
+from samlite.curvature.capture.recorder import UncoveredError
+from samlite.curvature.memory import operations_behind
+from samlite.curvature.operator import compiled
+from samlite.curvature.untouched import Draws, modules_in, neutral, untouched
+from samlite.errors import UsageError
+
+PROBE = 64  # rows that are evaluated to check the function and to size its graph
+_CHUNK = 1024  # rows of a pair of tensors that are differentiated together, where their graph fits
+_GRAPH = 2**28  # bytes of the graph of such a chunk: larger graphs are returned to the system on every free
+_DRIFT = 1e-4  # relative change of a loss that is more than rounding in float32
+
+Loss = Callable[[nn.Module, Any], Any] | nn.Module
+Data = tuple[Tensor, Tensor] | Iterable[Any]
+
+
+class End:
+    """Stands behind the last batch: a data set may hold None."""
+
+
+class Losses:
+    """The losses of a data set's batches, each times its number of samples, with a graph down to the parameters.
+
+    Args:
+        loss_fn: ``loss_fn(model, batch)`` giving the mean loss or (mean loss, weight), or a loss module.
+        data: an (inputs, targets) pair of tensors, cut into chunks of ``chunk`` rows, or a re-iterable of batches.
+        parameters: those to differentiate by; everything else is a constant.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: Loss, data: Data, parameters: list[nn.Parameter], mode: str) -> None:
+        self.model, self.data, self.parameters, self.mode = model, checked_data(data), parameters, mode
+        self._loss_fn, self.loss = loss_fn, _as_function(loss_fn, model, like=parameters[0])
+        self.held = modules_in(self.loss)
+        self._writes = False  # the loss writes into its batch
+        self._first: tuple[float, list[Any]] | None = None  # the loss of the first batch, and the weights' state
+        self.cut(len(self.data[0]) if is_pair(self.data) else 0)
+        self._stream: Iterator[Any] = iter(())
+        self._index = self._passes = 0
+        self._draws: Draws | None = None
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the rows of a pair may be cut as memory asks."""
+        return is_pair(self.data) and not self.coupled
+
+    def again(self) -> "Losses":
+        """The same losses with a cut and a stream of their own."""
+        twin = copy(self)
+        twin.cut(len(self.data[0]) if is_pair(self.data) else 0)
+        return twin
+
+    def doubled(self) -> "Losses":
+        """The same losses of a copy of the model in float64."""
+        twins: dict[int, Any] = {}
+        model = deepcopy(self.model, twins).double()
+        loss_fn = deepcopy(self._loss_fn, twins) if isinstance(self._loss_fn, nn.Module) else self._loss_fn
+        if not all(id(p) in twins for p in self.parameters):
+            raise TypeError("the model must be copied with its parameters, got one that makes others (scripted)")
+        # `double` replaces the values of parameters, not the parameters
+        return Losses(model, loss_fn, self.data, [twins[id(p)] for p in self.parameters], self.mode)
+
+    def neutral(self) -> AbstractContextManager[None]:
+        """The conditions in which losses are evaluated and differentiated."""
+        return neutral(self.parameters)
+
+    def state(self) -> list[tuple[Any, ...]]:
+        """Changes when weights or buffers do: version and place, and a norm for changes through `.data`."""
+        everything = {id(t): t for m in (self.model, *self.held) for t in chain(m.parameters(), m.buffers())}
+        tracked = [t for t in everything.values() if not t.is_inference()]
+        norms = torch._foreach_norm([t.detach() for t in tracked if t.is_floating_point()])
+        values = torch.stack([n.double().to(norms[0].device) for n in norms]).tolist() if norms else []
+        return [*((t._version, t.data_ptr()) for t in tracked), *((v,) for v in values)]
+
+    # --- The stream
+
+    def cut(self, rows: int, single: bool = False) -> None:
+        """Cut a pair of tensors into chunks of so many rows; `single` gives every sample as a batch of its own."""
+        self.chunk = rows
+        self._single = single
+        self._weights: list[float] = []  # of the batches evaluated so far
+
+    def fit(self, measure: Callable[[Any], int], memory: int) -> None:
+        """Cut a pair of tensors into as many rows a chunk as fit into the memory; `measure` gives a batch's bytes."""
+        size = len(self.data[0])
+        self.cut(min(size, PROBE))
+        self.rewind(0)
+        bytes_a_row = measure(self.next_batch()) / self.chunk
+        self.cut(max(1, min(size, _CHUNK, int(min(memory, _GRAPH) / max(bytes_a_row, 1)))))
+
+    def forget(self) -> None:
+        """Let `total` take a batch that is not of the stream."""
+        self._weights, self._index = [], -1
+
+    def rewind(self, batch: int) -> None:
+        """Go to a batch: `next_batch` gives it."""
+        self._passes += 1
+        # What draws at random draws otherwise in every pass, so that it shows, and leaves no trace.
+        self._draws = None if isinstance(self.data, list | tuple) else Draws(self._passes)
+        with self._drawing():
+            self._stream = islice(self._batches(), batch, None)
+        self._index = batch
+
+    def next_batch(self) -> Any:
+        """The batch, or `End` behind the last; `total` must follow."""
+        try:
+            with self._drawing():
+                return next(self._stream, End)
+        except Exception as error:  # of whatever the data are
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"data must give all batches, got {_reason(error)} at batch {self._index}") from error
+
+    def _drawing(self) -> AbstractContextManager[None]:
+        return self._draws.used() if self._draws else nullcontext()
+
+    def total(self, batch: Any, capture: AbstractContextManager[Any] | None = None) -> tuple[Tensor, float]:
+        """(Sum of the batch's losses, its number or weight of samples); with `capture` the weights are constants.
+
+        Raises:
+            UsageError: the loss cannot be computed on the batch, or the first one is not what it was.
+        """
+        before = compiled().sequence_number()
+        with torch.enable_grad():
+            value, weight = self._evaluate(batch, [] if capture else self.parameters, capture=capture)
+            index = max(self._index, 0)
+            if index == len(self._weights):  # reading it waits for the device: in the first pass only
+                self._weights.append(_checked_weight(weight, index))
+                if self._index == 0:
+                    self._check_first(value)
+            known = self._weights[index]
+            # The mean over an empty batch is NaN; with weight 0 it must not contribute.
+            total = value * known if known > 0 else value.nan_to_num() * 0
+        self._index += 1
+        compiled().drop_hooks([total], before)
+        return total, known
+
+    def _check_first(self, value: Tensor) -> None:
+        if self._first is None or is_pair(self.data) or self._single:
+            return
+        before, weights = self._first
+        now = float(value.detach())
+        if abs(now - before) > _DRIFT * max(abs(now), abs(before)) and weights == self.state():
+            raise UsageError(
+                f"data must give the same batches and losses at every pass, got {before:.6g}, then {now:.6g} on "
+                "the first batch; switch off shuffling, sampling and augmentation"
+            )
+
+    def _batches(self) -> Iterator[Any]:
+        batches: Iterator[Any] = iter(self.data)
+        if is_pair(self.data):
+            inputs, targets = self.data
+            batches = zip(inputs.split(self.chunk), targets.split(self.chunk), strict=True)
+        if self._single:
+            return (rows(batch, slice(i, i + 1)) for batch in batches for i in range(samples(batch)))
+        return batches
+
+    def _evaluate(
+        self,
+        batch: Any,
+        parameters: Iterable[Tensor],
+        seed: int = 0,
+        capture: AbstractContextManager[Any] | None = None,
+    ) -> tuple[Tensor, Any]:
+        where = f"batch {self._index}" if self._index > 0 else "the first batch"
+        try:
+            batch = placed(batch, self.parameters[0])
+            if self._writes:
+                batch = _cloned(batch)
+            with untouched(self.model, self.held, parameters, self.mode, seed), capture or nullcontext():
+                result = self.loss(self.model, batch)
+        except (UsageError, UncoveredError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of the model, the loss or the data, whatever they are
+            raise UsageError(f"the loss must be computable on {where}, got {_reason(error)}") from error
+        value, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+            raise UsageError(
+                f"loss_fn must return the mean loss over the batch as a scalar tensor, got {described(value)} "
+                f"on {where}"
+            )
+        return value.reshape(()), samples(batch) if weight is None else weight
+
+    # --- Checks before anything is measured
+
+    def probe(self, size: int) -> None:
+        """Evaluate the first batch twice (of a pair of tensors: its first rows), so that bad input shows at once.
+
+        Raises:
+            UsageError: the loss is not a finite scalar with a gradient, or not the same function in the second pass, or
+                it writes into the weights.
+        """
+        self.rewind(0)
+        batch: Any = (self.data[0][:size], self.data[1][:size]) if is_pair(self.data) else self.next_batch()
+        if batch is End:
+            raise UsageError("data must hold at least one batch, got none")
+        self._check_projections(_cloned(batch))
+        with torch.enable_grad(), warnings.catch_warnings(), _restored(self.parameters) as changed:
+            # torch only warns where a loss broadcasts targets against outputs of another shape
+            warnings.filterwarnings("error", "Using a target size")
+            own = _cloned(batch)
+            with _calls(self.model) as called:
+                value, weight = self._evaluate(own, self.model.parameters())
+            self._writes = any(tensor._version > 0 for tensor in tensors(own))
+            second = float(self._evaluate(batch, self.parameters, seed=1)[0].detach())
+        if changed:
+            raise UsageError("the forward pass must leave the parameters as they are, got one that writes into them")
+        if _checked_weight(weight, 0) == 0:
+            return
+        self._check_function(value, second, bool(called))
+        self._first = float(value.detach()), self.state()
+        self.forget()
+
+    def _check_function(self, value: Tensor, second: float, called: bool) -> None:
+        """Raise UsageError unless a loss is finite, the same again, and a function that autograd can differentiate."""
+        first = float(value.detach())
+        if not math.isfinite(first):
+            raise UsageError(f"the loss must be finite, got {first} on the first batch; check weights and data")
+        if abs(first - second) > _DRIFT * max(abs(first), abs(second)):
+            raise UsageError(
+                f"loss_fn must be the same function at every call, got {first:.6g}, then {second:.6g} on the first "
+                "batch; switch off dropout, sampling and augmentation (mode='eval' is the default)"
+            )
+        operations = operations_behind(value)
+        if any(name.endswith("NotImplemented") for name in operations):  # what stands in for a derivative
+            raise UsageError(
+                "the loss must be differentiable, got an operation without a derivative, as quantised layers are; "
+                "measure the network in floating point"
+            )
+        if called and "torch::autograd::AccumulateGrad" not in operations:
+            raise UsageError(
+                "the loss must depend on the parameters by operations that autograd follows, got one without a graph; "
+                "leave no_grad, inference_mode, detach() and item() out of model and loss"
+            )
+
+    @cached_property
+    def coupled(self) -> bool:
+        """Whether the samples of a pair depend on each other, so that it must stay one batch."""
+        if not is_pair(self.data):
+            return False
+        first = tuple(part[:PROBE] for part in self.data)
+        n = len(first[0])
+        edges = sorted({0, n // 7, n // 2, n})  # unequal parts, as equal ones may agree by chance
+        return n > 1 and self.couples(first, [slice(*edge) for edge in pairwise(edges)])
+
+    def couples(self, batch: Any, parts: Sequence[slice]) -> bool:
+        """Whether samples depend on each other: the loss of a batch or its gradient is not the mean of its parts'."""
+        try:
+            if not self._differ(batch, parts, _DRIFT if self.parameters[0].dtype == torch.float32 else 1e-9):
+                return False
+        except UsageError:  # it takes no other number of samples
+            return True
+        except RuntimeError:  # it has no derivative, which a product will explain
+            return False
+        # Losses of fitted samples are rounding, and so are their differences: elsewhere they are not.
+        try:
+            return self._moved()._differ(batch, parts, 1e-7)
+        except (UsageError, RuntimeError, TypeError):  # a model that cannot be copied, float32 in the loss, mps
+            return self._differ(batch, parts, 1e-2)
+
+    def _moved(self) -> "Losses":
+        """The same losses in float64, of weights some way from these."""
+        twin = self.doubled()
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        with torch.no_grad():
+            for p in twin.parameters:
+                noise = torch.randn(p.shape, generator=generator, dtype=p.dtype, device="cpu").to(p.device)
+                p.add_(0.1 * noise * (p.abs() + p.abs().mean() + 0.1))
+        return twin
+
+    def _differ(self, batch: Any, parts: Sequence[slice], tol: float) -> bool:
+        (value, gradient), (mean, mean_gradient) = (
+            self._mean(batches) for batches in ([batch], [rows(batch, part) for part in parts])
+        )
+        same = (value - mean).abs() <= tol * torch.maximum(value.abs(), mean.abs())  # not so where a part is nan
+        change = [a - b for a, b in zip(gradient, mean_gradient, strict=True)]
+        alike = _largest(change) <= 10 * tol * torch.maximum(_largest(gradient), _largest(mean_gradient))
+        return not bool(same & alike)
+
+    def _mean(self, batches: Sequence[Any]) -> tuple[Tensor, Sequence[Tensor]]:
+        """The mean loss of some batches beside the stream, and its gradient."""
+        losses, weights = [], 0.0
+        for batch in batches:
+            self.forget()
+            total, weight = self.total(batch)
+            losses.append(total)
+            weights += weight
+        mean = torch.stack(losses).sum() / (weights or 1)
+        if not mean.requires_grad:
+            return mean, [torch.zeros_like(mean)]
+        return mean.detach(), torch.autograd.grad(mean, self.parameters, allow_unused=True, materialize_grads=True)
+
+    def _check_projections(self, batch: Any) -> None:
+        """Refuse an embedding whose rows are too long where other layers use its weight: they would see it change."""
+        for name, module in self.model.named_modules():
+            if not isinstance(module, nn.Embedding) or module.max_norm is None:
+                continue
+            longest = float(module.weight.detach().norm(module.norm_type, dim=1).max())
+            if longest <= module.max_norm * (1 + 1e-6):
+                continue
+            uses = _OtherUses(module.weight)
+            with torch.no_grad():
+                self._evaluate(batch, [], capture=uses)
+            if uses.found:
+                raise UsageError(
+                    f"rows of {name or 'the model'}.weight must not be longer than max_norm={module.max_norm} where "
+                    f"{uses.found} uses it as well, got {longest:.4g}; shorten them first (torch.renorm)"
+                )
+
+
+@contextmanager
+def _restored(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Put parameters back as they were; the list then holds those that were not."""
+    before = [p.detach().clone() for p in parameters]
+    changed: list[Tensor] = []
+    try:
+        yield changed
+    finally:
+        with torch.no_grad():
+            for p, values in zip(parameters, before, strict=True):
+                if not _equal(p, values):
+                    changed.append(p.copy_(values))
+
+
+@contextmanager
+def _calls(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """The modules of the model that are called inside."""
+    called: list[nn.Module] = []
+    hooked = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # which take no hooks
+    handles = [m.register_forward_hook(lambda module, *_: called.append(module)) for m in hooked]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _OtherUses(TorchFunctionMode):
+    """Notes what else than a lookup of rows a tensor is used for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor, self.found = tensor, ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        used = any(value is self.tensor for value in (*args, *(kwargs or {}).values()))
+        if used and func is not F.embedding and isinstance(result, Tensor):
+            self.found = getattr(func, "__name__", str(func))
+        return result
+
+
+def _cloned(batch: Any) -> Any:
+    return mapped(lambda part: part.clone() if isinstance(part, Tensor) else part, batch)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits; NaN equals itself."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude in some tensors; a sum of squares could underflow."""
+    return torch.stack([tensor.detach().abs().max() for tensor in tensors if tensor.numel()]).max()
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def checked_data(data: Any) -> Any:
+    """The data, unless they are no (inputs, targets) pair of equal length and no re-iterable: ValueError says so."""
+    if isinstance(data, list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        raise UsageError(
+            "data must be a tuple (inputs, targets) or a re-iterable of batches, got a list of two tensors; "
+            "write (inputs, targets)"
+        )
+    if is_pair(data):
+        inputs, targets = data
+        if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets):
+            raise UsageError(
+                "inputs and targets must have the same number of rows, got shapes "
+                f"{tuple(inputs.shape)} and {tuple(targets.shape)}"
+            )
+        if len(inputs) == 0:
+            raise UsageError("data must hold at least one sample, got none")
+    elif isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise UsageError(f"data must be a tuple (inputs, targets) or a re-iterable of batches, got {described(data)}")
+    elif isinstance(data, Iterator):
+        raise UsageError(
+            "data must be re-iterable, as every product may pass over it, got an iterator; "
+            "pass a list of batches or a DataLoader"
+        )
+    return data
+
+
+def _checked_weight(weight: Any, batch: int) -> float:
+    try:
+        value = float(weight)
+    except (TypeError, ValueError, RuntimeError):
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise UsageError(
+            f"the weight of a batch must be a finite number >= 0, got {described(weight)} on batch {batch}"
+        )
+    return value
+
+
+def _as_function(loss_fn: Any, model: nn.Module, like: Tensor) -> Callable[[nn.Module, Any], Any]:
+    """A loss as ``loss(model, batch) -> mean loss or (mean loss, weight)``."""
+    if isinstance(loss_fn, nn.Module):
+        return _Criterion(_beside(loss_fn, model, like))
+    if not callable(loss_fn):
+        raise UsageError(f"loss_fn must be a loss module or a function of (model, batch), got {described(loss_fn)}")
+    if getattr(loss_fn, "__module__", None) == "torch.nn.functional":
+        raise UsageError(
+            f"loss_fn must be a loss module or a function of (model, batch), got torch.nn.functional."
+            f"{loss_fn.__name__}; use its module, as torch.nn.CrossEntropyLoss()"
+        )
+    try:
+        inspect.signature(loss_fn).bind(None, None)
+    except TypeError as error:
+        raise UsageError(f"loss_fn must take (model, batch): {error}") from None
+    except ValueError:  # a builtin without a signature
+        pass
+    return loss_fn  # type: ignore[no-any-return]
+
+
+def _beside(criterion: nn.Module, model: nn.Module, like: Tensor) -> nn.Module:
+    """A loss module whose own tensors are on the device and of the type of `like`: itself, or a copy of it.
+
+    What it shares with the model, such as the weights that it penalises, is never copied.
+    """
+    shared: dict[int, Any] = {}
+    for module in model.modules():
+        shared |= {id(part): part for part in (module, *module._parameters.values(), *module._buffers.values())}
+
+    def fits(tensor: Tensor) -> bool:
+        return tensor.device == like.device and (tensor.dtype == like.dtype or not tensor.is_floating_point())
+
+    own = [t for t in chain(criterion.parameters(), criterion.buffers()) if id(t) not in shared]
+    if all(map(fits, own)):
+        return criterion
+    known = set(shared)
+    twin = deepcopy(criterion, shared)
+    for module in twin.modules():
+        if id(module) in known:
+            continue
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and id(tensor) not in known:
+                tensor.data = tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+    return twin
+
+
+class _Criterion:
+    """criterion(model(inputs), targets) with the denominator that the criterion divides by as the weight."""
+
+    def __init__(self, criterion: nn.Module) -> None:
+        self.criterion = criterion
+        self.reduction = getattr(criterion, "reduction", "mean")
+        if self.reduction == "none":
+            raise UsageError("the reduction of the loss module must be 'mean' or 'sum', got 'none'")
+
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise UsageError(
+                f"a loss module needs batches (inputs, targets), got {described(batch)}; "
+                "pass a function of (model, batch) instead"
+            )
+        inputs, targets = batch
+        loss = self.criterion(model(inputs), targets)
+        if self.reduction == "sum":
+            return loss / max(len(targets), 1), len(targets)
+        return loss, denominator(self.criterion, targets)
+
+
+def denominator(criterion: nn.Module, targets: Tensor) -> Any:
+    """What a loss module divides by: valid targets, their weights, or what its own `denominator(targets)` says."""
+    own = getattr(criterion, "denominator", None)
+    if own is not None:
+        return own(targets)
+    if getattr(criterion, "reduction", "mean") == "batchmean":
+        return len(targets)
+    if isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss) and not targets.is_floating_point():
+        valid = targets != criterion.ignore_index
+        weight = criterion.weight
+        if weight is None:
+            return valid.sum()
+        return (weight.to(targets.device)[targets.where(valid, 0)] * valid).sum()
+    return targets.numel()

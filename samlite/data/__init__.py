@@ -1,0 +1,1 @@
+"""Samples in memory or on disk, and their batches."""

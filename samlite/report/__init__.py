@@ -1,0 +1,5 @@
+"""What a sweep says: numbers with their intervals, tables and figures."""
+
+from samlite.report.by_width import Report, summarize
+
+__all__ = ["Report", "summarize"]

@@ -1,0 +1,69 @@
+"""The runs of a sweep that differ by their seed alone."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from samlite.errors import UsageError
+from samlite.sweep.run import finished
+from samlite.training.config import FAMILY, Config
+from samlite.training.documents import read_cells
+
+CONDITIONS = ("label_noise", "sparsity", "weight_decay")  # what a sweep may vary beside width, optimizer, rho and seed
+
+
+@dataclass(frozen=True)
+class Group:
+    """What the runs of a group have in common."""
+
+    condition: tuple[tuple[str, float], ...]  # of `CONDITIONS`, those that the sweep varies
+    width: int
+    optimizer: str
+    rho: float | None  # of SAM
+
+    @property
+    def label(self) -> str:
+        """Such as: sam ρ=0.1, label noise 0.25."""
+        return ", ".join(part for part in (self.method, described(self.condition)) if part)
+
+    @property
+    def method(self) -> str:
+        """Such as: sam ρ=0.1."""
+        return self.optimizer if self.rho is None else f"{self.optimizer} ρ={self.rho:g}"
+
+
+def groups(folder: Path) -> dict[Group, list[Config]]:
+    """The finished runs of a sweep, grouped, by condition and growing width. Raises UsageError where there are none."""
+    cells = read_cells(folder)
+    done = [cell for cell in cells if finished(folder / cell.name, cell)]
+    if not done:
+        raise UsageError(f"{folder} must hold a finished run; repeat its sweep")
+    varied = varying(cells)
+    found: dict[Group, list[Config]] = {}
+    for cell in done:
+        rho = cell.rho if cell.optimizer in FAMILY else None
+        found.setdefault(Group(condition_of(cell, varied), cell.width, cell.label, rho), []).append(cell)
+    return {group: found[group] for group in sorted(found, key=lambda group: (group.condition, group.width))}
+
+
+def document(found: Any) -> dict[str, Any]:
+    """What was found of a group as plain values, for JSON."""
+    group = found.group
+    return {**asdict(found), "group": {**asdict(group), "condition": dict(group.condition)}}
+
+
+def varying(cells: Iterable[Config]) -> list[str]:
+    """The conditions in which the cells differ."""
+    cells = list(cells)
+    return [name for name in CONDITIONS if len({getattr(cell, name) for cell in cells}) > 1]
+
+
+def condition_of(cell: Config, names: Iterable[str]) -> tuple[tuple[str, float], ...]:
+    """The values of a cell by the names of these conditions."""
+    return tuple((name, getattr(cell, name)) for name in names)
+
+
+def described(condition: Iterable[tuple[str, float]]) -> str:
+    """A condition as people read it: label noise 0.25, sparsity 0.9."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in condition)

@@ -1,0 +1,217 @@
+"""Where the cells of a sweep run: in processes of this machine, or as jobs of a cluster through submitit.
+
+An engine starts a cell, `samlite train` in a subfolder of the sweep, and gives a handle to what is running.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from samlite.errors import UsageError
+from samlite.training.checkpoints import read_json, write_json
+from samlite.training.config import Config
+from samlite.training.documents import TEXT, check
+
+REQUEUES = 1000  # of a job whose time is up; each goes on where the last one stopped
+FORGOTTEN = 600.0  # seconds after which a job that slurm does not know has ended; a new one is not listed at once
+PATIENCE = 2.0  # seconds that a process has to end before it is killed
+NOTICE = 30  # seconds before that at which a job is told, or up to 60 more: a run's files are never far behind
+
+
+class Running(Protocol):
+    """A cell that was started."""
+
+    def ended(self) -> bool: ...
+
+    def failure(self) -> str:
+        """Wait for the end, and say in a line why it failed; empty where it did not."""
+        ...
+
+    def stop(self) -> None: ...
+
+
+class Engine(Protocol):
+    def start(self, folder: Path, cell: Config, measure: Collection[str]) -> Running: ...
+
+
+class Local:
+    """A process of this machine for each cell, which ends when the sweep does.
+
+    Args:
+        gpus: as CUDA_VISIBLE_DEVICES names them; a cell on device cuda runs on the one with the fewest others.
+    """
+
+    def __init__(self, gpus: Sequence[str] = ()) -> None:
+        self.gpus = gpus
+        self._running: list[_Process] = []  # on GPUs
+
+    def start(self, folder: Path, cell: Config, measure: Collection[str]) -> Running:
+        gpu = self._free() if self.gpus and cell.device == "cuda" else None
+        errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed at the end of the process)
+        with _deaf_to_ctrl_c():
+            child = subprocess.Popen(
+                [*_command(cell, measure), "--stop-with-stdin"],
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else None,
+                cwd=folder,  # also keeps a source tree in the current folder off the path
+                stdin=subprocess.PIPE,  # closes with this process, however it ends, and takes the cell with it
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
+        process = _Process(child, errors, gpu)
+        if gpu is not None:
+            self._running.append(process)
+        return process
+
+    def _free(self) -> str:
+        self._running = [process for process in self._running if not process.ended()]
+        return min(self.gpus, key=[process.gpu for process in self._running].count)
+
+
+class Cluster:
+    """A job for each cell. One that is preempted, or whose time is up, is requeued, and resumes.
+
+    Jobs outlive the process that submitted them: a repeated sweep waits for those that are still there.
+
+    Args:
+        kind: "slurm", or "local" for submitit's own processes on this machine.
+        partition, gpus: asked of slurm for each cell.
+        minutes: the time limit of a job.
+    """
+
+    def __init__(
+        self, folder: Path, kind: str = "slurm", partition: str | None = None, gpus: int = 0, minutes: int = 60
+    ) -> None:
+        try:
+            import submitit
+        except ImportError as error:
+            raise ImportError("engine slurm needs submitit: pip install 'samlite[cluster]'") from error
+        if minutes < 3:
+            raise UsageError(f"minutes must be >= 3, got {minutes}: a job is told up to 90 seconds before its end")
+        logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns on standard output, which is for results
+        self._jobs, self._job = folder / ".jobs", {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[kind]
+        self._executor = submitit.AutoExecutor(self._jobs, cluster=kind, slurm_max_num_timeout=REQUEUES)
+        options: dict[str, Any] = {"timeout_min": minutes, "gpus_per_node": gpus, "slurm_signal_delay_s": NOTICE}
+        if partition:
+            options["slurm_partition"] = partition
+        self._executor.update_parameters(name="samlite", **options)
+
+    def start(self, folder: Path, cell: Config, measure: Collection[str]) -> Running:
+        note = self._jobs / f"{cell.name}.json"
+        if earlier := self._earlier(note, measure):
+            return _Job(earlier, note)
+        self._executor.update_parameters(cpus_per_task=cell.threads)
+        job = self._executor.submit(_Cell(folder.resolve(), cell, tuple(measure)))
+        write_json(note, {"job": job.job_id, "measure": list(measure)})
+        return _Job(job, note)
+
+    def _earlier(self, note: Path, measure: Collection[str]) -> Any:
+        """The job that an earlier sweep submitted for the same, unless it has ended or slurm has long forgotten it."""
+        if not note.exists():
+            return None
+        known = check(read_json(note), {"job": TEXT}, ["job", "measure"])
+        if known["measure"] != list(measure):
+            return None
+        job = self._job(self._jobs, known["job"])
+        lost = job.state == "UNKNOWN" and time.time() - note.stat().st_mtime > FORGOTTEN
+        return None if lost or job.done(force_check=True) else job
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Start processes with SIGINT blocked from their first moment: it is for the sweep, which ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@dataclass(frozen=True)
+class _Process:
+    child: subprocess.Popen[bytes]
+    errors: IO[bytes]
+    gpu: str | None
+
+    def ended(self) -> bool:
+        return self.child.poll() is not None
+
+    def failure(self) -> str:
+        with self.child, self.errors:
+            self.child.wait()
+            self.errors.seek(0)
+            return _reason(self.child.returncode, self.errors.read())
+
+    def stop(self) -> None:
+        """Ask the process to end, and end it if it has not done so in time."""
+        self.child.terminate()
+        killer = threading.Timer(PATIENCE, self.child.kill)
+        killer.daemon = True
+        killer.start()
+
+
+@dataclass(frozen=True)
+class _Job:
+    job: Any  # of submitit
+    note: Path  # that it was submitted
+
+    def ended(self) -> bool:
+        return bool(self.job.done())
+
+    def failure(self) -> str:
+        try:
+            reason: str = self.job.result()
+        except Exception as error:  # whatever the cluster did to it
+            return f"job {self.job.job_id}: {(str(error).strip().splitlines() or [type(error).__name__])[-1]}"
+        return reason
+
+    def stop(self) -> None:
+        self.job.cancel(check=False)
+        self.note.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """What a job of the cluster does."""
+
+    folder: Path
+    cell: Config
+    measure: tuple[str, ...]
+
+    def __call__(self) -> str:
+        done = subprocess.run(
+            _command(self.cell, self.measure), cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        return _reason(done.returncode, done.stderr)
+
+    def checkpoint(self) -> Any:
+        """Called by submitit before the job is requeued; the run resumes from its own files."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def _command(cell: Config, measure: Collection[str]) -> list[str]:
+    """`samlite train` of a cell, in the folder of its sweep."""
+    command = [sys.executable, "-m", "samlite.cli", "train", cell.task, "--cell", json.dumps(cell.to_json())]
+    command += ["--out", cell.name, "--json"]
+    return [*command, "--measure", ",".join(measure)] if measure else command
+
+
+def _reason(code: int, errors: bytes) -> str:
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}; repeat the command to continue"
+    if code == 0:
+        return ""
+    lines = errors.decode(errors="replace").strip().splitlines() or [f"ended with status {code}"]
+    return "\n".join(lines) if os.environ.get("SAMLITE_DEBUG") == "1" else lines[-1].removeprefix("Error: ")

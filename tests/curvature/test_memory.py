@@ -1,0 +1,52 @@
+"""Sizes of memory: as they are asked for, and of graphs."""
+
+import pytest
+import torch
+from torch import nn
+
+from samlite.curvature.memory import graph_bytes, operations_behind, parse_bytes
+
+
+@pytest.mark.parametrize(("text", "size"), [(7, 7), ("7", 7), ("2GB", 2**31), ("1.5 kb", 1536), ("3m", 3 * 2**20)])
+def test_sizes_are_read_with_their_units(text: int | str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+def test_a_graph_holds_what_its_operations_saved_and_no_constants() -> None:
+    x, w = torch.randn(100, 50), torch.randn(50, 20, requires_grad=True)
+    z = (x @ w).tanh()
+    held = z.numel() * 4  # tanh saves its result, the product its input
+    assert graph_bytes([z], [x, w]) == held
+    assert graph_bytes([z], [w]) == held + x.numel() * 4
+    assert graph_bytes([z, z, z[:10]], [x, w]) == held  # a storage counts once
+
+
+def test_views_count_as_much_as_they_show() -> None:
+    whole, w = torch.randn(1000, 8), torch.randn(8, 3, requires_grad=True)
+    pieces = [piece @ w for piece in whole.split(100)]
+    assert graph_bytes([pieces[0]], [w]) == 100 * 8 * 4 + 100 * 3 * 4
+
+
+def test_an_autograd_function_counts_with_what_it_saved() -> None:
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            ctx.save_for_backward(x, 2 * x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, g):  # type: ignore[no-untyped-def]
+            return g * ctx.saved_tensors[1]
+
+    x = torch.randn(100, requires_grad=True)
+    assert graph_bytes([Square.apply(x)], [x]) == 2 * 400
+
+
+def test_sparse_matrices_count_with_their_values() -> None:
+    graph, x = torch.eye(50).to_sparse(), torch.randn(50, 4, requires_grad=True)
+    assert graph_bytes([graph @ x], [x]) == 50 * 4 * 4 + 50 * 4
+
+
+def test_operations_are_named() -> None:
+    names = operations_behind(nn.Linear(2, 2)(torch.ones(1, 2)).tanh().sum())
+    assert {"SumBackward0", "TanhBackward0", "torch::autograd::AccumulateGrad"} <= names
