@@ -151,7 +151,7 @@ def _draw(settings: "Config", folder: Path) -> None:
 
 def _measure(settings: "Config", folder: Path, measure: tuple[str, ...], bar: Progress) -> bool:
     """Measure what is asked of a run and not done; return whether it converged."""
-    from samlite.sweep.run import measured
+    from samlite.training.measurements import measured
 
     if measured(folder, measure):
         return True

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from samlite import tasks
 from samlite.intervals import Interval
 from samlite.report.groups import Group, document, groups
-from samlite.sweep.run import sharpness
 from samlite.tasks import Splits
 from samlite.training import network
-from samlite.training.config import Config
+from samlite.training.config import Config, task_of
 from samlite.training.documents import read_result
+from samlite.training.measurements import sharpness
 from samlite.training.runs import final_network
 from samlite.training.sparsity import masks_in
 
@@ -54,7 +54,7 @@ def solutions(folder: Path | str) -> list[Solutions]:
     results = {cell: read_result(folder / cell.name, *needed) for cells in grouped.values() for cell in cells}
     inside = {cell for cell, result in results.items() if result["interpolates"]}
     one = next(iter(results))
-    data = tasks.get(one.task).splits(one)  # only its sizes matter, which no seed changes
+    data = task_of(one).splits(one.data, one.seed)  # only its sizes matter, which no seed changes
     # No more than the solutions of a group and those of its base are in memory.
     return [
         _solutions(group, cells, [cell for cell in inside if _shares(group, cells[0], cell)], results, folder, data)

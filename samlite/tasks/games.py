@@ -22,13 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from samlite import distributed
 from samlite.errors import UsageError
 from samlite.models import atari_cnn, mlp_actor_critic
 from samlite.tasks.task import Batch, Recipe, Scores, Splits, Task, TensorData
 
 if TYPE_CHECKING:
-    from samlite.training.config import Config
+    pass
 
 # Seeds of environments, no two alike: those of training are drawn from what is above
 TRAIN, VALIDATION, TEST, MEASURED, TRAINING = 1_000, 2_000, 3_000, 4_000, 1_000_000
@@ -170,24 +169,11 @@ class Game(Task):
     positions: int = 8192  # at most, that a Hessian is measured on
 
     @property
-    def interpolates(self) -> bool:
+    def fixed_samples(self) -> bool:
         return False  # every epoch has other samples
 
-    def configured(self, config: Config) -> Task:
-        """As of `Task`. Raises UsageError where a setting is out of range or cannot be had of a game."""
-        if config.optimizer == "agnostic":
-            raise UsageError(f"optimizer agnostic needs training data to hold out, which task {self.name} has none of")
-        if config.optimizer == "sampa":
-            raise UsageError(
-                f"optimizer sampa needs the next batch before it steps, which task {self.name} plays after"
-            )
-        if config.track:
-            raise UsageError(f"track must be 0 for task {self.name}, whose samples are other ones after every epoch")
-        if distributed.world() > 1:
-            raise UsageError(
-                f"task {self.name} trains in one process, got {distributed.world()}; start it without torchrun"
-            )
-        settings = dict(config.settings)
+    def with_settings(self, settings: Mapping[str, float]) -> Task:
+        """As of `Task`."""
         for name, most in MOST.items():
             if settings[name] < 1 or settings[name] % 1:
                 raise UsageError(f"setting {name} must be an integer >= 1, got {settings[name]:g}")
@@ -201,14 +187,16 @@ class Game(Task):
                 raise UsageError(f"setting {name} must be >= 0, got {settings[name]:g}")
         return replace(self, loss=_objective(settings), recipe=replace(self.recipe, settings=settings))
 
-    def batches(self, model: nn.Module, data: Episodes, config: Config, order: torch.Generator) -> Iterator[Batch]:
+    def batches(
+        self, model: nn.Module, data: Episodes, batch_size: int, order: torch.Generator, augment: bool
+    ) -> Iterator[Batch]:
         """As of `Task`: inputs are observations, targets those of `ClippedObjective`."""
         seed = int(torch.randint(TRAINING, 2**30, (), generator=order))
         players = self._players(data, seed)
         for _ in range(int(self.recipe.settings["iterations"])):
             stretch = self._stretch(model, players)
             for _ in range(int(self.recipe.settings["passes"])):
-                yield from stretch.batches(config.batch_size, order)
+                yield from stretch.batches(batch_size, order)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, data: Episodes) -> Scores:

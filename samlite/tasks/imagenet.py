@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,6 @@ from samlite.tasks.task import Accuracy, Batch, Recipe, Scores, Splits, Task, ho
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from samlite.training.config import Config
 
 # Of the training pixels scaled to [0, 1], a number a channel.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -175,13 +174,17 @@ class ImageNet(Task):
     def augments(self) -> bool:
         return True
 
-    def splits(self, config: Config) -> Splits:
-        """The data at the size and with the workers of the settings. Raises UsageError where these are no integers."""
-        data, settings = super().splits(config), dict(config.settings)
+    def with_settings(self, settings: Mapping[str, float]) -> Task:
+        """As of `Task`. Raises UsageError where they are no integers."""
         for name, least in (("size", 1), ("workers", 0)):
             if settings[name] < least or settings[name] % 1:
                 raise UsageError(f"settings: {name} must be an integer >= {least}, got {settings[name]:g}")
-        size, workers = int(settings["size"]), int(settings["workers"])
+        return super().with_settings(settings)
+
+    def splits(self, source: str | None, seed: int) -> Splits:
+        """The data at the size and with the workers of the settings."""
+        data = super().splits(source, seed)
+        size, workers = (int(self.recipe.settings[name]) for name in ("size", "workers"))
         train, validation, test = (
             replace(part, size=size, workers=workers) for part in (data.train, data.validation, data.test)
         )
@@ -191,9 +194,11 @@ class ImageNet(Task):
         """As of `Task`: class folders may be of any number."""
         return data.sizes["outputs"]
 
-    def batches(self, model: nn.Module, data: Photographs, config: Config, order: torch.Generator) -> Iterator[Batch]:
+    def batches(
+        self, model: nn.Module, data: Photographs, batch_size: int, order: torch.Generator, augment: bool
+    ) -> Iterator[Batch]:
         """As of `Task`; the augmentation is a random crop of any size, scaled, and a mirror image half of the time."""
-        return data.batches(config.batch_size, order, config.augment)
+        return data.batches(batch_size, order, augment)
 
     def evaluate(self, model: nn.Module, data: Photographs) -> Scores:
         """As of `Task`; of training data on 50,000 samples, always the same ones, without augmentation.

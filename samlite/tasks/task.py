@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,6 @@ from samlite.curvature.function import denominator
 from samlite.errors import UsageError
 from samlite.models import parameter_count
 from samlite.seeds import generator
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from samlite.training.config import Config
 
 Batch = tuple[Any, Tensor]  # inputs (a tensor, or a tuple of tensors) and targets, each with the samples first
 
@@ -30,9 +25,9 @@ class Data(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, rows: Tensor | slice) -> Self: ...
+    def __getitem__(self, rows: Tensor | slice) -> Data: ...
 
-    def to(self, device: torch.device | str) -> Self: ...
+    def to(self, device: torch.device | str) -> Data: ...
 
     def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """All samples once, the last batch possibly smaller; shuffled by the generator, else in a fixed order.
@@ -160,8 +155,8 @@ class Task:
         return self.augment is not None
 
     @property
-    def interpolates(self) -> bool:
-        """Whether there is a training set that a network can fit without error."""
+    def fixed_samples(self) -> bool:
+        """Whether every epoch has the same training samples, which a network can fit without error."""
         return True
 
     def classes_in(self, data: Splits) -> int | None:
@@ -172,9 +167,9 @@ class Task:
         """A key that grows with how good a model is: by its metric, then its loss where metrics tie."""
         return metric if self.higher_is_better else -metric, -loss
 
-    def configured(self, config: Config) -> Task:
-        """The task as the settings of a run have it."""
-        return self
+    def with_settings(self, settings: Mapping[str, float]) -> Task:
+        """The task with these in place of its recipe's settings. Raises UsageError where one is out of range."""
+        return replace(self, recipe=replace(self.recipe, settings=settings)) if settings else self
 
     def build(self, width: int, dropout: float | None, sizes: Mapping[str, int]) -> nn.Module:
         """The network, on the CPU."""
@@ -185,14 +180,16 @@ class Task:
         with torch.device("meta"):
             return parameter_count(self.model(width))
 
-    def splits(self, config: Config) -> Splits:
+    def splits(self, source: str | None, seed: int) -> Splits:
         """The data of a run, on the CPU; a task with settings may apply them."""
-        return self.load(config.data, config.seed)
+        return self.load(source, seed)
 
-    def batches(self, model: nn.Module, data: Any, config: Config, order: torch.Generator) -> Iterator[Batch]:
+    def batches(
+        self, model: nn.Module, data: Any, batch_size: int, order: torch.Generator, augment: bool
+    ) -> Iterator[Batch]:
         """An epoch of training batches."""
-        for inputs, targets in data.batches(config.batch_size, order):
-            yield (self.augment(inputs, order) if self.augment and config.augment else inputs), targets
+        for inputs, targets in data.batches(batch_size, order):
+            yield (self.augment(inputs, order) if self.augment and augment else inputs), targets
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, data: Any) -> Scores:

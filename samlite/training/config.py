@@ -171,6 +171,7 @@ class Config:
             if task.recipe.dropout is None:
                 raise UsageError(f"dropout must not be given: the network of task {task.name} has none")
         _check_settings(self.settings, task)
+        self._check_samples(task.with_settings(dict(self.settings)))
         if self.augment and not task.augments:
             raise UsageError(f"augment must not be given: task {task.name} has no augmentation")
         if self.label_noise and not task.classes:
@@ -181,6 +182,19 @@ class Config:
             _check_choice("pruner", self.pruner, PRUNERS)
         elif self.pruner is not None:
             raise UsageError(f"pruner must go with a sparsity above 0, got {self.pruner}")
+
+    def _check_samples(self, task: tasks.Task) -> None:
+        """What needs the same samples all along must go with a task that has them."""
+        if task.fixed_samples:
+            return
+        if self.optimizer == "agnostic":
+            raise UsageError(f"optimizer agnostic needs training data to hold out, which task {self.task} has none of")
+        if self.optimizer == "sampa":
+            raise UsageError(
+                f"optimizer sampa needs the next batch before it steps, which task {self.task} plays after"
+            )
+        if self.track:
+            raise UsageError(f"track must be 0 for task {self.task}, whose samples are other ones after every epoch")
 
     @classmethod
     def of(cls, task: str, recipe: Mapping[str, Any] | None = None, **choices: Any) -> "Config":
@@ -297,6 +311,11 @@ class Config:
             "decay": (self.weight_decay, recipe.weight_decay),
         }
         return {name: value for name, (value, usual) in found.items() if value != usual}
+
+
+def task_of(config: Config) -> tasks.Task:
+    """The task of a run, with its settings."""
+    return tasks.get(config.task).with_settings(dict(config.settings))
 
 
 def _own(optimizer: str) -> dict[str, float | None]:

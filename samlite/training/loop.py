@@ -37,7 +37,7 @@ from samlite.training.checkpoints import (
     write_json,
     write_lines,
 )
-from samlite.training.config import Config, usable_device
+from samlite.training.config import Config, task_of, usable_device
 from samlite.training.documents import CONFIG, COUNT, NUMBER, RECORDS, RESULT, check, check_records
 from samlite.training.measurements import SAMPLES
 from samlite.training.optimizer import Closures, optimizer_of, parallel, scaler_of
@@ -92,6 +92,10 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
         BlockingIOError: another process trains in this folder.
     """
     out = Path(out)
+    if not tasks.get(config.task).fixed_samples and distributed.world() > 1:
+        raise UsageError(
+            f"task {config.task} trains in one process, got {distributed.world()}; start it without torchrun"
+        )
     check_folder(out, config, resume)  # before anything is written there
     first = distributed.rank() == 0
     with locked(out) if first else nullcontext(), _threads(config.threads):
@@ -99,7 +103,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
         if distributed.shared((out / RESULT).exists):
             return
 
-        task, device = tasks.get(config.task).configured(config), usable_device(config.device)
+        task, device = task_of(config), usable_device(config.device)
         data = load_data(task, config, out).to(device)
         path = out / "checkpoint.pt"
         state = _stopped(path) if path.exists() else {}
@@ -139,7 +143,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
 
             losses: list[Tensor] = []
             with network.random_state(config, epoch, device):
-                for step in closures.steps(task.batches(model, trained, config, order)):
+                for step in closures.steps(task.batches(model, trained, config.batch_size, order, config.augment)):
                     model.train()
                     for group in optimizer.param_groups:
                         group["rho"] = config.rho if (steps + len(losses)) % config.every == 0 else 0.0
@@ -339,7 +343,7 @@ def _result(
             **{f"test_{name}": value for name, value in test.others.items()},
         },
         "best": best,  # the epoch is selected on validation
-        "interpolates": task.interpolates and end.train_loss < 1e-3 and (not task.classes or end.train_metric == 1),
+        "interpolates": task.fixed_samples and end.train_loss < 1e-3 and (not task.classes or end.train_metric == 1),
         "parameters": parameter_count(model),
         **({"dense_parameters": parameter_count(network.dense(task, config, data))} if config.sparsity else {}),
         **({"label_noise": _noise(config, data)} if config.label_noise else {}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
 from itertools import islice
@@ -25,13 +25,14 @@ from samlite.curvature.function import checked_data
 from samlite.curvature.hessian import Hessian
 from samlite.curvature.operator import Eigenvalues, Progress
 from samlite.errors import UsageError
-from samlite.sweep.run import measured
 from samlite.training.checkpoints import check_types, load_weights, locked, write_json
 from samlite.training.config import usable_device
 from samlite.training.documents import SHARPNESS, read_sharpness
+from samlite.training.runs import load_run
 
 SAMPLES = 8192  # measured by default, as sharpness changes little beyond them
 
+MEASURES = ("eigenvalues", "moments")  # what may be measured of a minimum; moments are never kept without eigenvalues
 _LOSSES: dict[str, Callable[[], nn.Module]] = {"cross_entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
 
 
@@ -56,8 +57,6 @@ class Subject:
 
 def run_subject(folder: Path, samples: int | None = None, device: str | None = None) -> Subject:
     """A finished run with its training samples: all of them up to 8,192, or so many drawn by the run's seed."""
-    from samlite.training.loop import load_run
-
     run = load_run(folder, device)
     count = SAMPLES if samples is None else samples
     data, measured = run.task.measured(run.model, run.data.train, count, run.config.seed)
@@ -105,6 +104,30 @@ def drawn(pair: tuple[Tensor, Tensor], count: int, seed: int) -> tuple[Tensor, T
         return pair
     rows = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:count].sort().values
     return inputs[rows.to(inputs.device)], targets[rows.to(targets.device)]
+
+
+def measured(folder: Path, measure: Collection[str]) -> bool:
+    """Whether a run holds converged measurements of all these; moments count only beside eigenvalues."""
+    if not measure:
+        return True
+    return sharpness(folder) is not None and ("moments" not in measure or nonuniformity(folder) is not None)
+
+
+def sharpness(folder: Path) -> float | None:
+    """The largest Hessian eigenvalue of a run; None where it was not measured or cannot be trusted."""
+    found = read_sharpness(folder).get("eigenvalues")
+    if found is None:
+        return None
+    trusted = found["which"] == "LA" and found["converged"] and found["complete"] is not False
+    return float(found["values"][0]) if trusted else None
+
+
+def nonuniformity(folder: Path) -> dict[int, float] | None:
+    """The s_k of a run's moments by their order k; None where they were not measured or did not converge."""
+    found = read_sharpness(folder).get("moments")
+    if found is None or found["unit"] != "sample" or not found["converged"]:
+        return None
+    return {int(k): float(s) for k, s in found["nonuniformity"].items()}
 
 
 def measure_run(folder: Path, moments: bool = False, progress: Progress | None = None) -> None:

@@ -51,7 +51,9 @@ def random_state(config: Config, epoch: int, device: torch.device) -> Iterator[N
 
 def _chosen(network: nn.Module, task: Task, config: Config, data: Splits) -> dict[str, Tensor]:
     def loss(model: nn.Module) -> Tensor:
-        batches = task.batches(model, data.train, config, generator("pruning batch", config.seed))
+        batches = task.batches(
+            model, data.train, config.batch_size, generator("pruning batch", config.seed), config.augment
+        )
         inputs, targets = next(batches)
         result: Tensor = task.loss(model.train()(inputs), targets)
         return result

@@ -7,13 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from samlite import tasks
 from samlite.data.noise import noisy
 from samlite.errors import UsageError
 from samlite.tasks import Splits, Task
 from samlite.training import network
 from samlite.training.checkpoints import load_model_weights, load_weights, save_tensors
-from samlite.training.config import Config, usable_device
+from samlite.training.config import Config, task_of, usable_device
 from samlite.training.documents import CONFIG, RESULT, read_config
 from samlite.training.sparsity import masks_in
 
@@ -37,7 +36,7 @@ def load_run(folder: Path | str, device: str | None = None) -> Run:
     if not (folder / RESULT).is_file():
         raise UsageError(f"{folder} must be the folder of a finished run; it has no {RESULT}")
     config = read_config(folder)
-    task, place = tasks.get(config.task).configured(config), usable_device(device or config.device)
+    task, place = task_of(config), usable_device(device or config.device)
     data = load_data(task, config, folder).to(place)
     return Run(folder, config, task, final_network(task, config, data, folder), data)
 
@@ -56,7 +55,7 @@ def final_network(task: Task, config: Config, data: Splits, folder: Path) -> nn.
 
 def load_data(task: Task, config: Config, folder: Path) -> Splits:
     """The data on the CPU, the training labels with their noise, which stays what the folder says once it does."""
-    data = task.splits(config)
+    data = task.splits(config.data, config.seed)
     if not config.label_noise:
         return data
     if (folder / LABELS).exists():

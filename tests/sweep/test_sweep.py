@@ -17,10 +17,12 @@ from conftest import Result, command, contents, process
 from samlite import sweep
 from samlite.cli import options
 from samlite.sweep import engines
-from samlite.sweep.run import CLAIMS, Event, finished, grid, measured, nonuniformity
+from samlite.sweep.grid import grid
+from samlite.sweep.run import CLAIMS, Event, finished
 from samlite.training import checkpoints
 from samlite.training.checkpoints import write_json
 from samlite.training.config import Config
+from samlite.training.measurements import measured, nonuniformity
 
 pytest.importorskip("sklearn")
 

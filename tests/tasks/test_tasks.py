@@ -24,7 +24,9 @@ def load(task: Task, seed: int = 0) -> Splits:
 @pytest.mark.parametrize("task", OFFLINE, ids=lambda task: task.name)
 def test_a_task_trains_its_network_on_its_data_with_its_loss(task: Task) -> None:
     config, model = Config.of(task.name), task.model(task.width)
-    inputs, targets = next(task.batches(model, load(task).train, config, torch.Generator().manual_seed(0)))
+    inputs, targets = next(
+        task.batches(model, load(task).train, config.batch_size, torch.Generator().manual_seed(0), config.augment)
+    )
     loss = task.loss(model(inputs), targets)
     assert loss.ndim == 0 and loss.isfinite()
 

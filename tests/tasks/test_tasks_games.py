@@ -2,7 +2,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from samlite.optim.sam import SAM
 from samlite.tasks import games, get
 from samlite.tasks.games import ClippedObjective, Episodes, Game, Players, advantages
 from samlite.training.checkpoints import read_json
+from samlite.training.config import task_of
 from samlite.training.loop import Config, load_run, train
 
 # The objective
@@ -269,11 +269,11 @@ def test_a_run_of_cartpole_can_be_measured_at_its_own_settings(tmp_path: Path) -
 
 @pytest.mark.usefixtures("cartpole")
 def test_sam_climbs_the_clipped_objective(tmp_path: Path) -> None:
-    game = games.CARTPOLE.configured(small())
+    game = task_of(small())
     data = game.load(None, 0)
     torch.manual_seed(0)
     model = game.build(8, None, data.sizes)
-    inputs, targets = next(game.batches(model, data.train, small(), torch.Generator().manual_seed(0)))
+    inputs, targets = next(game.batches(model, data.train, small().batch_size, torch.Generator().manual_seed(0), False))
     before = [p.detach().clone() for p in model.parameters()]
     loss = game.loss(model(inputs), targets)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -288,7 +288,7 @@ def test_sam_climbs_the_clipped_objective(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("cartpole")
 def test_the_next_batches_come_from_the_policy_of_that_time() -> None:
-    game, config = games.CARTPOLE.configured(small()), small()
+    game, config = task_of(small()), small()
     data = game.load(None, 0)
     torch.manual_seed(0)
     model = game.build(8, None, data.sizes)
@@ -302,7 +302,7 @@ def test_the_next_batches_come_from_the_policy_of_that_time() -> None:
 
 def _changing(game: Any, model: nn.Module, data: Episodes, config: Config) -> Any:
     """The largest ratio of probabilities in each batch, the weights changing after it."""
-    for inputs, targets in game.batches(model, data, config, torch.Generator().manual_seed(0)):
+    for inputs, targets in game.batches(model, data, config.batch_size, torch.Generator().manual_seed(0), False):
         with torch.no_grad():
             logs = model(inputs)[:, :-1].log_softmax(1).gather(1, targets[:, :1].long())[:, 0]
             yield (logs - targets[:, 1]).exp().max().item()
@@ -341,9 +341,8 @@ def test_settings_out_of_range_are_refused(settings: dict[str, float], message: 
     ],
 )
 def test_what_needs_the_same_samples_all_along_is_refused(choices: dict[str, Any], message: str) -> None:
-    config: Any = SimpleNamespace(**{"optimizer": "adam", "track": 0, "settings": (), **choices})
     with pytest.raises(ValueError, match=message):
-        games.CARTPOLE.configured(config)
+        Config.of("cartpole", **choices)
 
 
 def test_the_packages_of_games_are_asked_for_where_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,10 +406,10 @@ def test_an_atari_game_goes_on_after_a_life_is_lost() -> None:
 def test_atari_is_learned_and_scored_and_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     settings = {"environments": 2, "steps": 16, "passes": 1, "iterations": 1, "frames": 400}
     config = Config.of("atari", width=2, settings=settings, data="pong", device="cpu")
-    game = get("atari").configured(config)
+    game = task_of(config)
     data = game.load("pong", 0)
     model = game.build(2, None, data.sizes)
-    ((inputs, targets),) = game.batches(model, data.train, config, torch.Generator().manual_seed(0))
+    ((inputs, targets),) = game.batches(model, data.train, config.batch_size, torch.Generator().manual_seed(0), False)
     assert inputs.shape == (32, 4, 84, 84) and model(inputs).shape == (32, 7)
     game.loss(model(inputs), targets).backward()
     assert Hessian(model.double(), game.loss, (inputs[:8], targets[:8])).moments(2).fallback is None

@@ -13,7 +13,7 @@ from samlite.models.resnet import Normalize
 from samlite.tasks import Splits, TensorData, get
 from samlite.tasks.cifar10 import MEAN, STD
 from samlite.tasks.imagenet import central, random
-from samlite.training.config import Config
+from samlite.training.config import Config, task_of
 from samlite.training.loop import train
 
 Image = pytest.importorskip("PIL.Image")
@@ -163,7 +163,7 @@ def folders(tmp_path: Path) -> Path:
 
 def splits(folder: Path, **settings: float) -> Splits:
     config = Config.of("imagenet", data=str(folder), settings={"size": 16, "workers": 0, **settings})
-    return get("imagenet").splits(config)
+    return task_of(config).splits(config.data, config.seed)
 
 
 def generator() -> torch.Generator:
