@@ -75,8 +75,10 @@ def silent() -> Iterator[None]:
 class Graph:
     """A molecule."""
 
-    atoms: np.ndarray[Any, np.dtype[np.uint8]]  # (atoms, 9)
-    bonds: np.ndarray[Any, np.dtype[np.int16]]  # (bonds, 3): two atoms and the kind, each bond once
+    atoms: np.ndarray[Any, np.dtype[np.uint8]]
+    """Feature numbers (atoms, 9)."""
+    bonds: np.ndarray[Any, np.dtype[np.int16]]
+    """Bonds (bonds, 3): two atoms and the kind, each bond once."""
 
 
 def graph(molecule: Any) -> Graph:
@@ -118,11 +120,16 @@ class GraphData:
     atom, and symmetric kinds of bonds (B, N, N), 0 where there is none; both uint8.
     """
 
-    atoms: Tensor  # (atoms, 9), uint8
-    bonds: Tensor  # (bonds, 3), int16: two atoms, counted within their graph, and the kind
-    atom_starts: Tensor  # (n + 1): the atoms of graph i are atom_starts[i] ... atom_starts[i + 1] - 1
-    bond_starts: Tensor  # (n + 1)
-    targets: Tensor  # (n, labels), 0, 1 or nan where it is not known
+    atoms: Tensor
+    """Feature numbers (atoms, 9), uint8."""
+    bonds: Tensor
+    """Bonds (bonds, 3), int16: two atoms, counted within their graph, and the kind."""
+    atom_starts: Tensor
+    """Offsets (n + 1): the atoms of graph i are atom_starts[i] ... atom_starts[i + 1] - 1."""
+    bond_starts: Tensor
+    """Offsets (n + 1), likewise."""
+    targets: Tensor
+    """Labels (n, labels): 0, 1, or nan where unknown."""
 
     @classmethod
     def of(cls, graphs: Iterable[Graph], targets: Tensor) -> GraphData:
@@ -155,7 +162,7 @@ class GraphData:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
 
     def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Any, Tensor]]:
-        """As of `samlite.tasks.task.Data`; shuffled batches hold graphs of similar size."""
+        """All graphs once; shuffled batches hold graphs of similar size."""
         if generator is None:
             groups = torch.split(torch.arange(len(self)), batch_size)
         else:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samlite.data import hub
+from samlite.data.tensors import Splits, TensorData, hold_out
 from samlite.errors import UsageError
 from samlite.files import regular
-from samlite.tasks.task import Splits, TensorData, hold_out
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,9 +31,12 @@ PADDING = 4  # pixels on every side before a random crop
 class Table:
     """Rows of images, still encoded, with their labels."""
 
-    rows: Any  # a `datasets.Dataset`
-    column: str  # of the images
-    place: str  # for errors
+    rows: Any
+    """The rows, a `datasets.Dataset`."""
+    column: str
+    """The column of the images."""
+    place: str
+    """Where the rows come from, for errors."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from samlite.tasks.task import Batch
+from samlite.data.tensors import Batch
 
 LONGEST = 1_000  # positions of a sequence: a batch takes time and memory with the square of its longest
 JITTER = 0.2  # of a length, before sequences of similar length are put together: batches differ from epoch to epoch
@@ -40,7 +40,7 @@ class Sequences:
         return Sequences(self.inputs.to(device), self.targets.to(device))
 
     def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """As of `Data`, each batch cut to its longest sequence; with no generator from the shortest to the longest.
+        """All sequences once, each batch cut to its longest; without a generator from the shortest to the longest.
 
         Shuffled batches hold sequences of similar length, except a last one that is smaller: it is drawn from all.
         """

@@ -2,10 +2,11 @@
 
 from difflib import get_close_matches
 
+from samlite.data.tensors import Splits, TensorData
 from samlite.errors import UsageError
 from samlite.files import described
 from samlite.tasks import cifar10, digits, games, imagenet, mnist, molpcba, pos, sst2, synthetic, vit
-from samlite.tasks.task import Recipe, Splits, Task, TensorData
+from samlite.tasks.task import Recipe, Task
 
 __all__ = ["TASKS", "Recipe", "Splits", "Task", "TensorData", "get"]
 

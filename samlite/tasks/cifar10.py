@@ -5,8 +5,10 @@ from functools import partial
 from torch import nn
 
 from samlite.data.images import crop_and_flip, load_in_memory
+from samlite.data.tensors import Splits
 from samlite.models import resnet18
-from samlite.tasks.task import Accuracy, Recipe, Splits, Task
+from samlite.tasks.metrics import Accuracy
+from samlite.tasks.task import Recipe, Task
 
 # Of the training pixels scaled to [0, 1], a number a channel.
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

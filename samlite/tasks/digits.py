@@ -5,8 +5,10 @@ from functools import partial
 import torch
 from torch import nn
 
+from samlite.data.tensors import Splits, TensorData, hold_out
 from samlite.models import tapered_mlp
-from samlite.tasks.task import Accuracy, Recipe, Splits, Task, TensorData, hold_out
+from samlite.tasks.metrics import Accuracy
+from samlite.tasks.task import Recipe, Task
 
 TRAINING = 1000  # of 1,797; a larger training set leaves SAM nothing to improve
 

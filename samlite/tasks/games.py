@@ -16,18 +16,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from samlite.data.episodes import Episodes, Moves, Players
+from samlite.data.tensors import Batch, Splits, TensorData
 from samlite.errors import UsageError
 from samlite.models import atari_cnn, mlp_actor_critic
-from samlite.tasks.task import Batch, Recipe, Scores, Splits, Task, TensorData
-
-if TYPE_CHECKING:
-    pass
+from samlite.tasks.ppo import ClippedObjective, advantages
+from samlite.tasks.task import Recipe, Scores, Task
 
 # Seeds of environments, no two alike: those of training are drawn from what is above
 TRAIN, VALIDATION, TEST, MEASURED, TRAINING = 1_000, 2_000, 3_000, 4_000, 1_000_000
@@ -39,124 +38,6 @@ MOST = {  # of the settings that are counts: far beyond is a slip of the pen, an
 }
 
 
-class ClippedObjective(nn.Module):
-    """The objective of PPO, to be minimised.
-
-    Criterion of outputs (n, actions + 1), logits and value, and targets (n, 4): the action, its log-probability when it
-    was taken, its advantage and its return. The mean over samples of
-
-        -min(r A, clip(r, 1 - c, 1 + c) A) + w (value - return)^2 - h entropy,   r = probability / probability then.
-    """
-
-    def __init__(self, clip: float, value: float, entropy: float) -> None:
-        super().__init__()
-        self.clip, self.value, self.entropy = clip, value, entropy
-
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        logits, values = outputs[:, :-1], outputs[:, -1]
-        actions, before, advantages, returns = targets.unbind(1)
-        logs = logits.log_softmax(1)
-        # what looks for the samples in a batch, before moments, scales numbers: an action too high is the last one
-        chosen = actions.long().clamp(max=logits.shape[1] - 1)
-        ratios = (logs.gather(1, chosen[:, None])[:, 0] - before).exp()
-        clipped = ratios.clamp(1 - self.clip, 1 + self.clip)
-        gains = torch.minimum(ratios * advantages, clipped * advantages)
-        entropies = -(logs.exp() * logs).sum(1)
-        return (-gains + self.value * (values - returns) ** 2 - self.entropy * entropies).mean()
-
-    def denominator(self, targets: Tensor) -> int:
-        return len(targets)
-
-
-def advantages(rewards: Tensor, values: Tensor, final: Tensor, cut: Tensor, gamma: float, lambda_: float) -> Tensor:
-    """Generalised advantages (steps, n): sums of (gamma lambda)^k times the errors of the values k steps ahead.
-
-    Args:
-        rewards: (steps, n).
-        values: (steps + 1, n) of the observations before each step, and after the last.
-        final: (steps, n), whether nothing follows the step, so that its successor has no value.
-        cut: (steps, n), whether the next row is not its sequel: where it is final, and where an episode was truncated.
-    """
-    errors = rewards + gamma * values[1:] * ~final - values[:-1]
-    result = torch.empty_like(rewards)
-    ahead = torch.zeros_like(rewards[0])
-    for step in reversed(range(len(rewards))):
-        ahead = errors[step] + gamma * lambda_ * ahead * ~cut[step]
-        result[step] = ahead
-    return result
-
-
-@dataclass(frozen=True)
-class Episodes:
-    """Episodes to be played, a seed each: what stands for a split."""
-
-    game: str | None
-    seeds: Tensor  # (n,), on the device where the network is
-
-    @classmethod
-    def of(cls, game: str | None, first: int, count: int) -> Episodes:
-        return cls(game, torch.arange(first, first + count))
-
-    def __len__(self) -> int:
-        return len(self.seeds)
-
-    @property
-    def targets(self) -> Tensor:
-        return self.seeds
-
-    def to(self, device: torch.device | str) -> Episodes:
-        return Episodes(self.game, self.seeds.to(device))
-
-
-@dataclass(frozen=True)
-class Moves:
-    """One step of all n environments. Where `idle` the step only began the next episode, and nothing counts."""
-
-    observations: Tensor  # (n, ...) before the step
-    actions: Tensor  # (n,)
-    logs: Tensor  # (n,) log-probabilities of the actions
-    values: Tensor  # (n,) of the observations
-    rewards: Tensor  # (n,) as the game gives them
-    final: Tensor  # (n,) whether nothing follows: the episode is over, or a life
-    over: Tensor  # (n,) whether the episode is over, or was truncated
-    idle: Tensor  # (n,)
-
-
-class Players:
-    """Environments side by side, in which a network plays.
-
-    They are gymnasium's vector environments that reset in the step after an episode's end, whose action they ignore
-    (autoreset NEXT_STEP). So what is observed at an episode's end is its own last observation.
-    """
-
-    def __init__(self, environments: Any, seed: int, device: torch.device) -> None:
-        self.environments, self.device = environments, device
-        self.observations, info = environments.reset(seed=seed)
-        self.lives = info.get("lives", np.zeros(environments.num_envs))
-        self.idle = np.zeros(environments.num_envs, dtype=bool)
-
-    def look(self) -> Tensor:
-        """What is to be seen now, (n, ...)."""
-        return torch.tensor(self.observations, device=self.device)
-
-    def move(self, model: nn.Module, generator: torch.Generator | None = None) -> Moves:
-        """Play one step, its actions drawn from the policy by the generator, else by torch's own."""
-        observations = self.look()
-        outputs = model(observations)
-        logs = outputs[:, :-1].log_softmax(1)
-        if generator is not None:
-            actions = torch.multinomial(logs.exp().cpu(), 1, generator=generator).to(self.device)
-        else:
-            actions = torch.multinomial(logs.exp(), 1)
-        self.observations, rewards, terminated, truncated, info = self.environments.step(actions[:, 0].cpu().numpy())
-        lives = info.get("lives", self.lives)
-        rows = (rewards, terminated | (lives < self.lives), terminated | truncated, self.idle)
-        self.lives, self.idle = lives, terminated | truncated
-        rewards, final, over, idle = (torch.tensor(row, device=self.device) for row in rows)
-        taken = logs.gather(1, actions)[:, 0]
-        return Moves(observations, actions[:, 0], taken, outputs[:, -1], rewards.to(logs.dtype), final, over, idle)
-
-
 @dataclass(frozen=True)
 class Game(Task):
     """A game, learned by PPO. Its settings are those of `SETTINGS`.
@@ -165,15 +46,17 @@ class Game(Task):
     error of the values against the returns that followed, as of the rewards that are trained on.
     """
 
-    environments: Callable[[str | None, int, int], Any] | None = None  # source, how many, most frames -> those
-    positions: int = 8192  # at most, that a Hessian is measured on
+    environments: Callable[[str | None, int, int], Any] | None = None
+    """Source, how many, most frames -> those."""
+    positions: int = 8192
+    """At most, that a Hessian is measured on."""
 
     @property
     def fixed_samples(self) -> bool:
         return False  # every epoch has other samples
 
     def with_settings(self, settings: Mapping[str, float]) -> Task:
-        """As of `Task`."""
+        """Check the settings, and make the objective that they describe."""
         for name, most in MOST.items():
             if settings[name] < 1 or settings[name] % 1:
                 raise UsageError(f"setting {name} must be an integer >= 1, got {settings[name]:g}")
@@ -190,7 +73,7 @@ class Game(Task):
     def batches(
         self, model: nn.Module, data: Episodes, batch_size: int, order: torch.Generator, augment: bool
     ) -> Iterator[Batch]:
-        """As of `Task`: inputs are observations, targets those of `ClippedObjective`."""
+        """Play and learn: inputs are observations, targets are those of `ClippedObjective`."""
         seed = int(torch.randint(TRAINING, 2**30, (), generator=order))
         players = self._players(data, seed)
         for _ in range(int(self.recipe.settings["iterations"])):
@@ -200,7 +83,7 @@ class Game(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, data: Episodes) -> Scores:
-        """As of `Task`: every episode is played to its end."""
+        """Play every episode to its end."""
         model.eval()
         players = Players(self._make(data.game, len(data)), int(data.seeds[0]), data.seeds.device)
         generator = torch.Generator().manual_seed(int(data.seeds[0]))
@@ -211,20 +94,20 @@ class Game(Task):
             playing.append(running)
             running = running & ~move.over
         values = torch.stack([*(move.values for move in moves), model(players.look())[:, -1]])
-        playing_ = torch.stack(playing)
-        errors = self._advantages(moves, values, 1.0)[playing_]  # with lambda 1: return less value
-        scores = (torch.stack([move.rewards for move in moves]) * playing_).sum(0).double()
+        counted = torch.stack(playing)
+        errors = self._advantages(moves, values, 1.0)[counted]  # with lambda 1: return less value
+        scores = (torch.stack([move.rewards for move in moves]) * counted).sum(0).double()
         others = {
             "score_stderr": (scores.std() / math.sqrt(len(scores))).item() if len(scores) > 1 else 0.0,
             "score_min": scores.min().item(),
             "score_max": scores.max().item(),
             "episodes": float(len(scores)),
-            "steps": float(playing_.sum().item()),
+            "steps": float(counted.sum().item()),
         }
         return Scores((errors**2).mean().item(), scores.mean().item(), others)
 
     def measured(self, model: nn.Module, data: Episodes, count: int, seed: int) -> tuple[Any, int]:
-        """As of `Task`: what the policy comes by when it plays by the seed, with its advantages."""
+        """Play by the seed: the observations that the policy comes by, with their advantages."""
         count = min(count, self.positions)
         players = self._players(data, MEASURED + seed)
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""How well outputs rank binary labels that are partly missing: average precision and the area under the ROC curve."""
+"""Metrics, each gathered over batches of outputs and targets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,24 @@ import math
 
 import torch
 from torch import Tensor
+
+
+class Accuracy:
+    """The fraction of targets whose class has the largest output; negative targets do not count.
+
+    Outputs are (n, classes) or (n, positions, classes), targets (n) or (n, positions).
+    """
+
+    def __init__(self) -> None:
+        self.correct: list[Tensor] = []
+        self.counted: list[Tensor] = []
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        self.correct.append((outputs.argmax(-1) == targets).sum())
+        self.counted.append((targets >= 0).sum())
+
+    def compute(self) -> dict[str, float]:
+        return {"accuracy": torch.stack(self.correct).sum().item() / torch.stack(self.counted).sum().item()}
 
 
 class Ranking:

@@ -6,8 +6,10 @@ from functools import partial
 from torch import nn
 
 from samlite.data.images import load_in_memory
+from samlite.data.tensors import Splits, TensorData
 from samlite.models import tapered_mlp
-from samlite.tasks.task import Accuracy, Recipe, Splits, Task, TensorData
+from samlite.tasks.metrics import Accuracy
+from samlite.tasks.task import Recipe, Task
 
 MEAN, STD = 0.1307, 0.3081  # of the training pixels scaled to [0, 1]
 

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samlite.data.graphs import LARGEST, Graph, GraphData, canonical, graph, molecule, scaffold, scaffold_split, silent
+from samlite.data.tensors import Splits
 from samlite.errors import UsageError
 from samlite.files import regular
 from samlite.models import graph_network
 from samlite.tasks.metrics import Ranking
-from samlite.tasks.task import Recipe, Splits, Task
+from samlite.tasks.task import Recipe, Task
 
 IDENTIFIERS = ("", "id", "index", "mol_id", "name")  # columns that are no labels
 LABELS = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "": float("nan"), "nan": float("nan")}

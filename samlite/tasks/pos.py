@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from samlite.data.sequences import LONGEST, Sequences, hide, padded
+from samlite.data.tensors import Splits, hold_out
 from samlite.errors import UsageError
 from samlite.files import regular
 from samlite.models import tagger
-from samlite.tasks.task import Accuracy, Recipe, Splits, Task, hold_out
+from samlite.tasks.metrics import Accuracy
+from samlite.tasks.task import Recipe, Task
 
 # fmt: off
 TAGS = (

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from samlite.data.hub import open_splits
 from samlite.data.sequences import LONGEST, Sequences, hide, padded
+from samlite.data.tensors import Splits
 from samlite.errors import UsageError
 from samlite.models import lstm
-from samlite.tasks.task import Accuracy, Recipe, Splits, Task
+from samlite.tasks.metrics import Accuracy
+from samlite.tasks.task import Recipe, Task
 
 WORDS = 15_000  # rows of the table at most: padding, the unknown word and the most frequent ones; the data have 14,816
 HIDDEN = 0.1  # of a training batch's words are unknown, as 7 % of those of the test data are

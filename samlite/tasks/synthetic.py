@@ -7,9 +7,10 @@ seeds also covers the draw of the data.
 import torch
 from torch import Tensor, nn
 
+from samlite.data.tensors import Splits, TensorData
 from samlite.models import mlp
 from samlite.seeds import generator
-from samlite.tasks.task import Recipe, Splits, Task, TensorData
+from samlite.tasks.task import Recipe, Task
 
 INPUTS = 50
 TEACHER_WIDTH = 10

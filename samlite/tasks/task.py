@@ -10,31 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from samlite.curvature.function import denominator
-from samlite.errors import UsageError
+from samlite.data.tensors import Batch, Batches, Splits, TensorData
 from samlite.models import parameter_count
 from samlite.seeds import generator
-
-Batch = tuple[Any, Tensor]  # inputs (a tensor, or a tuple of tensors) and targets, each with the samples first
-
-
-class Data(Protocol):
-    """Samples with their targets, from which batches are made."""
-
-    @property
-    def targets(self) -> Tensor: ...  # (n, ...): class numbers, negative where there is none; or numbers, nan likewise
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: Tensor | slice) -> Data: ...
-
-    def to(self, device: torch.device | str) -> Data: ...
-
-    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """All samples once, the last batch possibly smaller; shuffled by the generator, else in a fixed order.
-
-        The generator lives on the CPU, so that every device sees the same order.
-        """
-        ...
 
 
 class Meter(Protocol):
@@ -46,80 +24,35 @@ class Meter(Protocol):
 
 
 @dataclass(frozen=True)
-class TensorData:
-    """A data set that fits in memory: inputs (n, ...) and targets (n, ...) on one device."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __getitem__(self, rows: Tensor | slice) -> TensorData:
-        return TensorData(self.inputs[rows], self.targets[rows])
-
-    def to(self, device: torch.device | str) -> TensorData:
-        return TensorData(self.inputs.to(device), self.targets.to(device))
-
-    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """As of `Data`."""
-        if generator is None:
-            yield from zip(torch.split(self.inputs, batch_size), torch.split(self.targets, batch_size), strict=True)
-            return
-        order = torch.randperm(len(self), generator=generator).to(self.inputs.device)
-        for rows in torch.split(order, batch_size):
-            yield self.inputs[rows], self.targets[rows]
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Training, validation and test data. Models are selected on validation, never on test."""
-
-    train: Any  # each a `Data`
-    validation: Any
-    test: Any
-    sizes: Mapping[str, int] = field(default_factory=dict)  # what the network must fit: keywords of the task's model
-
-    def __post_init__(self) -> None:
-        for name in ("train", "validation", "test"):
-            if not len(getattr(self, name)):
-                raise UsageError(f"the {name} split must not be empty; use more data")
-
-    def to(self, device: torch.device | str) -> Splits:
-        return Splits(self.train.to(device), self.validation.to(device), self.test.to(device), self.sizes)
-
-
-def hold_out(data: Any, fraction: float = 0.1, draw: torch.Generator | None = None) -> tuple[Any, Any]:
-    """Split a `Data` in two at random, the second holding the fraction; always the same split without a generator."""
-    order = torch.randperm(len(data), generator=draw or torch.Generator().manual_seed(0))
-    held = round(fraction * len(data))
-    return data[order[held:]], data[order[:held]]
-
-
-@dataclass(frozen=True)
 class Recipe:
-    """How a task is trained unless the user says otherwise."""
+    """How a task is trained by default."""
 
-    lr: Mapping[str, float]  # by base optimizer: their scales differ a hundredfold
+    lr: Mapping[str, float]
+    """The learning rate by base optimizer; their scales differ a hundredfold."""
     batch_size: int
     epochs: int
     momentum: float = 0.9
     weight_decay: float = 0.0
-    dropout: float | None = None  # None: the network has none
+    dropout: float | None = None
+    """The dropout rate; None where the network has no dropout."""
     rho: float = 0.05
     schedule: Literal["step", "cosine", "constant"] = "step"
-    milestones: tuple[float, ...] = (0.5, 0.75)  # fractions of the epochs after which step divides lr by 10
-    threads: int = 1  # of the CPU: for small networks more gain nothing, and lose much on a busy machine
-    settings: Mapping[str, float] = field(default_factory=dict)  # what only this task has
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """The fractions of the epochs after which the step schedule divides lr by 10."""
+    threads: int = 1
+    """CPU threads. For small networks more gain nothing, and lose much on a busy machine."""
+    settings: Mapping[str, float] = field(default_factory=dict)
+    """Settings that only this task has, by name."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How good a model is on a split."""
+    """The loss and the metrics of a model on a split."""
 
     loss: float
     metric: float
-    others: Mapping[str, float] = field(default_factory=dict)  # further metrics by name
+    others: Mapping[str, float] = field(default_factory=dict)
+    """Further metrics by name."""
 
 
 @dataclass(frozen=True)
@@ -128,22 +61,37 @@ class Task:
 
     name: str
     summary: str
-    network: str  # what `model` builds: its hidden layers in terms of the width w
-    data: str  # where the data come from, and how many there are
-    model: Callable[..., nn.Module]  # width -> module; keywords: dropout if the recipe has it, `Splits.sizes`
-    load: Callable[[str | None, int], Splits]  # source, seed -> data on the CPU
-    loss: nn.Module  # criterion(outputs, targets), the mean over what its `denominator` counts
-    metric: str  # "loss", or what `meter` gathers
+    network: str
+    """What `model` builds, its hidden layers in terms of the width w."""
+    data: str
+    """Where the data come from, and how many there are."""
+    model: Callable[..., nn.Module]
+    """Builds the network of a width. Keywords: dropout if the recipe has it, and `Splits.sizes`."""
+    load: Callable[[str | None, int], Splits]
+    """Loads the data of a source for a seed, on the CPU."""
+    loss: nn.Module
+    """criterion(outputs, targets): the mean over what its `denominator` counts."""
+    metric: str
+    """The name of the metric: "loss", or one that `meter` computes."""
     recipe: Recipe
-    width: int  # the default
-    widths: tuple[int, ...]  # a sweep worth running
-    meter: Callable[[], Meter] | None = None  # None: the metric is the loss
-    extra: str | None = None  # of the package, with what `load` needs
-    source: str | None = None  # default of `load`; None: the task takes no source
-    base: str = "sgd"  # the optimizer that SAM wraps and is compared with
-    classes: int | None = None  # of a classification; `classes_in` where that depends on the data
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None  # inputs of a training batch; draws on the CPU
-    chunk: int = 4096  # samples evaluated at once
+    width: int
+    """The default width."""
+    widths: tuple[int, ...]
+    """The widths of a sweep worth running."""
+    meter: Callable[[], Meter] | None = None
+    """Makes the meter that gathers the metric; None where the metric is the loss."""
+    extra: str | None = None
+    """The extra of the package that `load` needs."""
+    source: str | None = None
+    """The default source; None where the task takes none."""
+    base: str = "sgd"
+    """The optimizer that SAM wraps and is compared with."""
+    classes: int | None = None
+    """The number of classes; None where the task is no classification. `classes_in` knows where the data decide."""
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    """Alters the inputs of a training batch, with random numbers drawn on the CPU."""
+    chunk: int = 4096
+    """How many samples are evaluated at once."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -151,7 +99,7 @@ class Task:
 
     @property
     def augments(self) -> bool:
-        """Whether `batches` alters the inputs unless told not to."""
+        """Whether `batches` alters the inputs by default."""
         return self.augment is not None
 
     @property
@@ -221,32 +169,3 @@ class Task:
         if isinstance(data, TensorData):
             return (data.inputs, data.targets), len(data)
         return Batches(data, min(self.chunk, 256)), len(data)
-
-
-@dataclass(frozen=True)
-class Batches:
-    """The batches of a `Data`, the same at every pass."""
-
-    data: Any
-    size: int
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.data.batches(self.size))
-
-
-class Accuracy:
-    """The fraction of targets whose class has the largest output; negative targets do not count.
-
-    Outputs are (n, classes) or (n, positions, classes), targets (n) or (n, positions).
-    """
-
-    def __init__(self) -> None:
-        self.correct: list[Tensor] = []
-        self.counted: list[Tensor] = []
-
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
-        self.correct.append((outputs.argmax(-1) == targets).sum())
-        self.counted.append((targets >= 0).sum())
-
-    def compute(self) -> dict[str, float]:
-        return {"accuracy": torch.stack(self.correct).sum().item() / torch.stack(self.counted).sum().item()}

@@ -22,11 +22,12 @@ import samlite
 from samlite import distributed, tasks
 from samlite.curvature.hessian import Hessian
 from samlite.curvature.tracking import Tracker
+from samlite.data.tensors import Batch, hold_out
 from samlite.errors import UsageError
 from samlite.models import parameter_count
 from samlite.seeds import generator
 from samlite.tasks import Splits, Task
-from samlite.tasks.task import Batch, Scores, hold_out
+from samlite.tasks.task import Scores
 from samlite.training import network
 from samlite.training.checkpoints import (
     check_types,

@@ -12,11 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from samlite import distributed
 from samlite.batches import rows, samples
 from samlite.curvature.function import denominator
+from samlite.data.tensors import Batch
 from samlite.errors import UsageError
 from samlite.optim.sam import SAM, Closure
 from samlite.optim.variants import AgnosticSAM, FriendlySAM, SAMPa
 from samlite.tasks import Task
-from samlite.tasks.task import Batch
 from samlite.training.config import OWN, Config
 
 _BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}

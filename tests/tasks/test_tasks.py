@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from samlite.data.tensors import hold_out
 from samlite.tasks import TASKS, Splits, Task, TensorData, get
 from samlite.tasks.synthetic import NOISE, teacher
-from samlite.tasks.task import hold_out
 from samlite.training.config import Config
 from samlite.training.loop import train
 

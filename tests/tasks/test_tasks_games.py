@@ -11,9 +11,11 @@ from conftest import contents
 from torch import Tensor, nn
 
 from samlite.curvature.hessian import Hessian
+from samlite.data.episodes import Episodes, Players
 from samlite.optim.sam import SAM
 from samlite.tasks import games, get
-from samlite.tasks.games import ClippedObjective, Episodes, Game, Players, advantages
+from samlite.tasks.games import Game
+from samlite.tasks.ppo import ClippedObjective, advantages
 from samlite.training.checkpoints import read_json
 from samlite.training.config import task_of
 from samlite.training.loop import Config, load_run, train

@@ -9,10 +9,10 @@ import torch
 from conftest import Result, contents
 
 from samlite.data.images import crop_and_flip
+from samlite.data.photographs import central, random
 from samlite.models.resnet import Normalize
 from samlite.tasks import Splits, TensorData, get
 from samlite.tasks.cifar10 import MEAN, STD
-from samlite.tasks.imagenet import central, random
 from samlite.training.config import Config, task_of
 from samlite.training.loop import train
 

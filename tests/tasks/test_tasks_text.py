@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from samlite import Hessian
 from samlite.data.sequences import Sequences, padded
 from samlite.tasks import get, sst2
+from samlite.tasks.metrics import Accuracy
 from samlite.tasks.pos import KINDS, TAGS, TokenLoss, encode, features, hide_words, vocabulary
 from samlite.tasks.sst2 import by_sentence
-from samlite.tasks.task import Accuracy
 from samlite.training import loop as training
 from samlite.training.config import Config
 from samlite.training.loop import load_run, train
