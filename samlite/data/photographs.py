@@ -82,7 +82,7 @@ class Photographs:
 
 @dataclass(frozen=True)
 class _Decoder:
-    """Turns rows into images (3, size, size) of bytes, or into a message: an exception would lose its place on the way."""
+    """Turns rows into images (3, size, size) of bytes, or into a message: an exception would lose its place."""
 
     table: Table
     size: int
