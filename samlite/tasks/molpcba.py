@@ -55,8 +55,9 @@ def load(source: str | None, seed: int) -> Splits:
     """
     try:
         import rdkit  # noqa: F401
+        import sklearn  # noqa: F401  (scores the outputs)
     except ImportError as error:
-        raise ImportError("task molpcba needs rdkit: pip install 'samlite[graphs]'") from error
+        raise ImportError(f"task molpcba needs {error.name}: pip install 'samlite[graphs]'") from error
     path = Path(str(source))
     with silent():
         if path.is_dir():
