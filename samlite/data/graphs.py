@@ -31,11 +31,11 @@ def molecule(smiles: str) -> Any:
     """
     from rdkit import Chem
 
-    found = Chem.MolFromSmiles(smiles) or _unchecked(smiles)
+    found = Chem.MolFromSmiles(smiles) or _parse_unchecked(smiles)
     return found if found is not None and found.GetNumAtoms() else None
 
 
-def _unchecked(smiles: str) -> Any:
+def _parse_unchecked(smiles: str) -> Any:
     """Without the check of valences."""
     from rdkit import Chem
 
@@ -154,8 +154,8 @@ class GraphData:
         if isinstance(rows, slice):
             rows = torch.arange(len(self))[rows]
         rows = rows.to(self.targets.device)
-        atoms, atom_starts, _ = _gathered(self.atoms, self.atom_starts, rows)
-        bonds, bond_starts, _ = _gathered(self.bonds, self.bond_starts, rows)
+        atoms, atom_starts, _ = _gather(self.atoms, self.atom_starts, rows)
+        bonds, bond_starts, _ = _gather(self.bonds, self.bond_starts, rows)
         return GraphData(atoms, bonds, atom_starts, bond_starts, self.targets[rows])
 
     def to(self, device: torch.device | str) -> GraphData:
@@ -166,11 +166,11 @@ class GraphData:
         if generator is None:
             groups = torch.split(torch.arange(len(self)), batch_size)
         else:
-            groups = tuple(self._shuffled(batch_size, generator))
+            groups = tuple(self._shuffle(batch_size, generator))
         for rows in groups:
             yield self.padded(rows.to(self.targets.device))
 
-    def _shuffled(self, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    def _shuffle(self, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Rows in random order, sorted by size within windows; the batches of a window come in random order."""
         sizes = self.sizes.cpu()
         for window in torch.split(torch.randperm(len(self), generator=generator), WINDOW * batch_size):
@@ -181,13 +181,13 @@ class GraphData:
 
     def padded(self, rows: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """A batch of these graphs: ((atoms, bonds), targets)."""
-        atoms, starts, sample = _gathered(self.atoms, self.atom_starts, rows)
+        atoms, starts, sample = _gather(self.atoms, self.atom_starts, rows)
         count, size = len(rows), int(starts.diff().max())
         place = torch.arange(len(atoms), device=atoms.device) - starts[sample]
         categories = atoms.new_zeros(count, size, atoms.shape[1])
         categories[sample, place] = atoms
 
-        bonds, _, sample = _gathered(self.bonds, self.bond_starts, rows)
+        bonds, _, sample = _gather(self.bonds, self.bond_starts, rows)
         first, second, kind = bonds.long().unbind(1)
         kinds = atoms.new_zeros(count, size, size)
         kinds[sample, first, second] = kinds[sample, second, first] = kind.to(kinds.dtype)
@@ -198,7 +198,7 @@ def _starts(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def _gathered(values: Tensor, starts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gather(values: Tensor, starts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The values of these rows, where each begins now, and which of the rows each value belongs to."""
     counts = starts[rows + 1] - starts[rows]
     begins = _starts(counts)

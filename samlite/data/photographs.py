@@ -70,7 +70,7 @@ class Photographs:
         loader: DataLoader[Tensor | str] = DataLoader(
             _Decoder(self.table, self.size, seed),  # type: ignore[arg-type]  # all that a loader needs of a data set
             batch_sampler=[self.rows[part].tolist() for part in parts],
-            collate_fn=_stacked,
+            collate_fn=_stack,
             num_workers=min(self.workers, _processors()),
             generator=torch.Generator(),  # or it would draw from the global one
         )
@@ -97,7 +97,7 @@ class _Decoder:
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
-def _stacked(images: list[Tensor | str]) -> Tensor | str:
+def _stack(images: list[Tensor | str]) -> Tensor | str:
     wrong = next((image for image in images if isinstance(image, str)), None)
     return torch.stack(images) if wrong is None else wrong  # type: ignore[arg-type]
 

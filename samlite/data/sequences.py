@@ -64,7 +64,7 @@ def _similar(lengths: Tensor, batch_size: int, generator: torch.Generator) -> li
     return [*shuffled, *([order[whole:]] if whole < len(order) else [])]
 
 
-def padded(sequences: Sequence[Tensor], value: int = 0) -> Tensor:
+def pad(sequences: Sequence[Tensor], value: int = 0) -> Tensor:
     """Sequences (length, ...) as one tensor (n, T, ...), the value behind their ends."""
     return torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=value)
 

@@ -66,12 +66,12 @@ class Layer(nn.Module):
         n, length, _ = x.shape
         query, key, value = self.project_in(x).view(n, length, 3, self.heads, HEAD).permute(2, 0, 3, 1, 4)
         mask = present[:, None, None, :]  # every position looks at those of its sequence
-        seen = F.scaled_dot_product_attention(rotated(query), rotated(key), value, attn_mask=mask)
+        seen = F.scaled_dot_product_attention(rotate(query), rotate(key), value, attn_mask=mask)
         out: Tensor = self.project_out(seen.transpose(1, 2).reshape(n, length, -1))
         return out
 
 
-def rotated(x: Tensor) -> Tensor:
+def rotate(x: Tensor) -> Tensor:
     """Pairs of the last dimension of x (..., T, d) turned by angles that grow with the position."""
     length, half = x.shape[-2], x.shape[-1] // 2
     speeds = 100 ** -(torch.arange(half, device=x.device) / half)  # radians a position; a sentence is short

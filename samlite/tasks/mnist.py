@@ -21,10 +21,10 @@ def load(source: str | None, seed: int) -> Splits:
     label in the splits train and test. Raises UsageError that names the column and row of bad data.
     """
     images = load_in_memory(source, "mnist", size=28, mode="L", classes=10)
-    return Splits(_normalised(images.train), _normalised(images.validation), _normalised(images.test))
+    return Splits(_normalise(images.train), _normalise(images.validation), _normalise(images.test))
 
 
-def _normalised(data: TensorData) -> TensorData:
+def _normalise(data: TensorData) -> TensorData:
     return replace(data, inputs=(data.inputs.flatten(1).float() / 255 - MEAN) / STD)
 
 

@@ -113,11 +113,11 @@ def _table(path: Path) -> tuple[dict[str, list[int]], GraphData]:
             graphs.append(graph(found))
             scaffolds.append(scaffold(found))
         owners.append(places[name])
-    targets = _merged(table.targets(), torch.tensor(owners), len(graphs))
+    targets = _merge_labels(table.targets(), torch.tensor(owners), len(graphs))
     return dict(zip(PARTS, scaffold_split(scaffolds), strict=True)), GraphData.of(graphs, targets)
 
 
-def _merged(targets: Tensor, owners: Tensor, count: int) -> Tensor:
+def _merge_labels(targets: Tensor, owners: Tensor, count: int) -> Tensor:
     """The labels of several rows as one: what those that know it agree on, nan where they do not."""
     zeros, ones = (
         torch.zeros(count, targets.shape[1]).index_add_(0, owners, (targets == value).float()) > 0 for value in (0, 1)

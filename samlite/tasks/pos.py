@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from samlite.data.sequences import LONGEST, Sequences, hide, padded
+from samlite.data.sequences import LONGEST, Sequences, hide, pad
 from samlite.data.tensors import Splits, hold_out
 from samlite.errors import UsageError
 from samlite.files import regular
@@ -129,7 +129,7 @@ def features(word: str, first: bool) -> tuple[str, str, str, str]:
     lower = re.sub(r"\d", "0", word.lower())
     case = "X" if word.isupper() else "Xx" if word[0].isupper() else "x"
     marks = "".join(mark for mark in ("0", "-", ".") if mark in lower)
-    return f"word {lower}", f"2 {lower[-2:]}", f"3 {lower[-3:]}", f"shape {case}{marks}{'^' * first}"
+    return f"word {lower}", f"2 {lower[-2:]}", f"3 {lower[-3:]}", f"shape {case}{marks}{'^' if first else ''}"
 
 
 def vocabulary(sentences: Iterable[Sentence]) -> dict[str, int]:
@@ -148,7 +148,7 @@ def encode(sentences: Iterable[Sentence], table: Mapping[str, int]) -> Sequences
         words = [features(word, i == 0) for i, (word, _) in enumerate(sentence)]
         inputs.append(torch.tensor([[table.get(f, kind) for kind, f in enumerate(word, 1)] for word in words]))
         targets.append(torch.tensor([tag for _, tag in sentence]))
-    return Sequences(padded(inputs), padded(targets, NO_TAG))
+    return Sequences(pad(inputs), pad(targets, NO_TAG))
 
 
 def hide_words(inputs: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from samlite.data.hub import open_splits
-from samlite.data.sequences import LONGEST, Sequences, hide, padded
+from samlite.data.sequences import LONGEST, Sequences, hide, pad
 from samlite.data.tensors import Splits
 from samlite.errors import UsageError
 from samlite.models import lstm
@@ -85,7 +85,7 @@ def encode(phrases: Phrases, table: Mapping[str, int]) -> Sequences:
     """Phrases as numbers of words."""
     numbers = torch.tensor([table.get(word, 1) for words, _ in phrases for word in words])
     rows = torch.split(numbers, [len(words) for words, _ in phrases])
-    return Sequences(padded(rows), torch.tensor([label for _, label in phrases]))
+    return Sequences(pad(rows), torch.tensor([label for _, label in phrases]))
 
 
 def hide_words(inputs: Tensor, generator: torch.Generator) -> Tensor:

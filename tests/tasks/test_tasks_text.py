@@ -9,7 +9,7 @@ from conftest import contents
 from torch import Tensor, nn
 
 from samlite import Hessian
-from samlite.data.sequences import Sequences, padded
+from samlite.data.sequences import Sequences, pad
 from samlite.tasks import get, sst2
 from samlite.tasks.metrics import Accuracy
 from samlite.tasks.pos import KINDS, TAGS, TokenLoss, encode, features, hide_words, vocabulary
@@ -23,7 +23,7 @@ from samlite.training.loop import load_run, train
 
 def ramps(*lengths: int) -> Sequences:
     """A sequence 1, 2, ... of each length; its target is its place in the data."""
-    return Sequences(padded([torch.arange(1, length + 1) for length in lengths]), torch.arange(len(lengths)))
+    return Sequences(pad([torch.arange(1, length + 1) for length in lengths]), torch.arange(len(lengths)))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -64,7 +64,7 @@ def test_the_order_of_sequences_is_that_of_the_generator_and_without_one_fixed()
 
 
 def test_a_target_at_every_position_is_cut_with_the_inputs() -> None:
-    data = Sequences(padded([torch.ones(k, 2, dtype=torch.long) for k in (3, 1, 2)]), torch.arange(9).view(3, 3))
+    data = Sequences(pad([torch.ones(k, 2, dtype=torch.long) for k in (3, 1, 2)]), torch.arange(9).view(3, 3))
     (inputs, targets), (rest, last) = data.batches(2)
     assert inputs.shape == (2, 2, 2) and targets.tolist() == [[3, 4], [6, 7]]
     assert rest.shape == (1, 3, 2) and last.tolist() == [[0, 1, 2]]
@@ -75,11 +75,11 @@ def test_a_target_at_every_position_is_cut_with_the_inputs() -> None:
 
 
 def phrases(*lengths: int, words: int = 50) -> Tensor:
-    return padded([torch.randint(1, words, (length,), generator=generator(length)) for length in lengths])
+    return pad([torch.randint(1, words, (length,), generator=generator(length)) for length in lengths])
 
 
 def sentences(*lengths: int, rows: int = 50) -> Tensor:
-    return padded([torch.randint(1, rows, (length, KINDS), generator=generator(length)) for length in lengths])
+    return pad([torch.randint(1, rows, (length, KINDS), generator=generator(length)) for length in lengths])
 
 
 @pytest.mark.usefixtures("float64")
@@ -135,7 +135,7 @@ def test_text_networks_span_the_parameters_of_the_paper(task: str, least: float,
     assert counts[0] == pytest.approx(least, rel=0.05) and counts[-1] == pytest.approx(most, rel=0.05)
 
 
-# The loss and the metric of padded targets
+# The loss and the metric of pad targets
 
 
 def test_the_loss_and_the_accuracy_of_tags_are_means_over_words() -> None:
@@ -153,7 +153,7 @@ def test_the_loss_and_the_accuracy_of_tags_are_means_over_words() -> None:
 def test_the_hessian_of_tags_weights_batches_by_their_words() -> None:
     task = get("pos")
     model = task.model(2, features=8)
-    data = Sequences(sentences(1, 2, 6, rows=8), padded([torch.arange(k) for k in (1, 2, 6)], -100))
+    data = Sequences(sentences(1, 2, 6, rows=8), pad([torch.arange(k) for k in (1, 2, 6)], -100))
     batches = list(data.batches(1))
     whole = [(data.inputs, data.targets)]
     v = torch.randn(sum(p.numel() for p in model.parameters()))
@@ -409,7 +409,7 @@ def test_moments_of_sequences_of_unequal_length_are_the_means_over_each_by_itsel
     lengths = (1, 2, 2, 2, 6, 6, 7)
     if task == "pos":
         model = get(task).model(4, features=12)
-        data = Sequences(sentences(*lengths, rows=12), padded([torch.arange(k) for k in lengths], -100))
+        data = Sequences(sentences(*lengths, rows=12), pad([torch.arange(k) for k in lengths], -100))
     else:
         model = get(task).model(3, words=12)
         data = Sequences(phrases(*lengths, words=12), torch.arange(7) % 2)
