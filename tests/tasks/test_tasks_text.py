@@ -117,15 +117,15 @@ def test_the_lstm_is_that_of_torch_on_packed_sequences() -> None:
 
 @pytest.mark.usefixtures("float64")
 def test_attention_knows_how_far_apart_words_are_and_in_which_direction_but_not_where_they_stand() -> None:
-    from samlite.models.tagger import rotated
+    from samlite.models.tagger import rotate
 
     query, key = torch.randn(2, 1, 32)
-    scores = rotated(query.expand(9, 32)) @ rotated(key.expand(9, 32)).T
+    scores = rotate(query.expand(9, 32)) @ rotate(key.expand(9, 32)).T
     for offset in range(-8, 9):
         diagonal = scores.diagonal(offset)
         torch.testing.assert_close(diagonal, diagonal[:1].expand(len(diagonal)))
     assert (scores[4, 3] - scores[4, 5]).abs() > 1e-3
-    torch.testing.assert_close(rotated(query.expand(9, 32)).norm(dim=-1), query.norm().expand(9))
+    torch.testing.assert_close(rotate(query.expand(9, 32)).norm(dim=-1), query.norm().expand(9))
 
 
 @pytest.mark.parametrize(("task", "least", "most"), [("pos", 5.5, 51), ("sst2", 0.5, 15)])
