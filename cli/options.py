@@ -10,80 +10,72 @@ import click
 
 from samlite.errors import UsageError
 from samlite.files import regular
+from samlite.training.options import OPTIONS, Choice, Flag, Integer, Number, Numbers, Settings, Text
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
-# As in samlite.config and samlite.sweep, which need torch.
-BASES = ("sgd", "adam", "adamw")
-OPTIMIZERS = (*BASES, "sam", "friendly", "agnostic", "sampa")
-PRUNERS = ("random", "snip", "magnitude")
-PRECISIONS = ("float32", "bfloat16", "float16")
-SPLITS = ("batches", "gradients")
-SCALED = ("none", "all", "weights")
-PERTURBATIONS = ("global", "local")
-MEASURES = ("eigenvalues", "moments")
-
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class CommaList(click.ParamType):
+    """A list such as 8,32,128 as a tuple; its items are numbers, or some of these names."""
+
+    def __init__(self, item: str, names: Sequence[str] = (), *, example: str = "", empty: bool = False) -> None:
+        self.name, self.names, self.example, self.empty = item, names, example, empty
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return {"integer": "N,...", "number": "X,..."}.get(self.name, "NAME,...")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        if not value and self.empty:
+            return ()
+        if self.names:
+            return tuple(self._check(name) for name in value.split(","))
+        try:
+            return tuple(map(int if self.name == "integer" else float, value.split(",")))
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not a list of {self.name}s such as {self.example}") from None
+
+    def _check(self, name: str) -> str:
+        if name not in self.names:
+            hint = did_you_mean(name, self.names)
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(self.names)}{hint}")
+        return name
+
+
+class Measures(CommaList):
+    """A list such as eigenvalues,moments, or none alone; moments bring eigenvalues with them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, str) and "none" in value.split(",") and value != "none":
+            raise click.BadParameter(f"none must stand alone, got {value!r}")
+        names = super().convert(value, param, ctx)
+        return () if "none" in names else ("eigenvalues", "moments") if "moments" in names else ("eigenvalues",)
+
+
+INTEGERS = CommaList("integer", example="8,32,128")
+NUMBERS = CommaList("number", example="0.05,0.1", empty=True)
+MEASURES = Measures("name", ("eigenvalues", "moments", "none"))
 
 
 # Callbacks: (context, parameter, text or None if not given) -> value
 
 
-def integers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    """A list such as 8,32,128."""
-    try:
-        return None if value is None else tuple(map(int, value.split(",")))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of integers such as 8,32,128") from None
-
-
-def numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:
-    """A list such as 0.05,0.1; it may be empty."""
-    try:
-        return None if value is None else tuple(map(float, value.split(","))) if value else ()
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0.05,0.1") from None
-
-
 def assignments(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, float] | None:
     """Settings such as clip=0.2."""
-    found = {}
+    settings = {}
     for text in value:
         name, _, number = text.partition("=")
         try:
-            found[name] = float(number)
+            settings[name] = float(number)
         except ValueError:
             raise click.BadParameter(f"{text!r} is not a number by name such as clip=0.2") from None
-    return found or None
-
-
-def optimizers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    """A list such as sgd,sam."""
-    if value is None:
-        return None
-    names = tuple(value.split(","))
-    for name in names:
-        if name not in OPTIMIZERS:
-            hint = did_you_mean(name, OPTIMIZERS)
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(OPTIMIZERS)}{hint}")
-    return names
-
-
-def measures(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    """A list such as eigenvalues,moments, or none alone; moments bring eigenvalues with them."""
-    names = value.split(",")
-    if names == ["none"]:
-        return ()
-    for name in names:
-        if name == "none":
-            raise click.BadParameter(f"none must stand alone, got {value!r}")
-        if name not in MEASURES:
-            hint = did_you_mean(name, MEASURES)
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(MEASURES)}, none{hint}")
-    return MEASURES if "moments" in names else ("eigenvalues",)
+    return settings or None
 
 
 def existing(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
@@ -137,98 +129,66 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document, nothing else.")(command)
 
 
-def _with(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
+def _with(command: Command, options: Iterable[Callable[[Command], Command]]) -> Command:
     """The command with these options, which its help lists in this order."""
-    for option in reversed(options):
+    for option in reversed(list(options)):
         command = option(command)
     return command
 
 
-def process_options(command: Command) -> Command:
-    """How several processes train one network."""
-    options = (
-        click.option(
-            "--perturb",
-            type=click.Choice(PERTURBATIONS),
-            help="Under torchrun: by the gradient of all processes, or each by its own; default global.",
-        ),
-        click.option(
-            "--split",
-            type=click.Choice(SPLITS),
-            help="Under torchrun: what the processes share out; default batches, gradients are the two of sampa.",
-        ),
-        click.option("--sync-batch-norm", is_flag=True, default=None, help="Under torchrun: statistics over all GPUs."),
-    )
-    return _with(command, options)
+def _option(name: str) -> Callable[[Command], Command]:
+    """The option of the command line for a row of the table. It is None where it is not given."""
+    row, dashed = OPTIONS[name], name.replace("_", "-")
+    flag, how = f"--{dashed}", dict[str, Any](help=row.help, metavar=row.metavar)
+    match row.kind:
+        case Integer():
+            how["type"] = int
+        case Number():
+            how["type"] = float
+        case Numbers():
+            how["type"] = NUMBERS
+        case Choice(names=names):
+            how["type"] = click.Choice(names)
+        case Flag(off=off):
+            flag += f"/--no-{dashed}" if off else ""
+            how |= {"is_flag": True, "default": None}
+        case Settings():
+            return click.option("--set", name, callback=assignments, multiple=True, **how)
+        case Text() if name == "data":
+            how["callback"] = source
+    return click.option(flag, **how)
+
+
+def _group(group: str) -> list[Callable[[Command], Command]]:
+    return [_option(name) for name, row in OPTIONS.items() if row.group == group]
+
+
+def run_options(command: Command) -> Command:
+    """What a single run is told first."""
+    return _with(command, _group("run"))
 
 
 def recipe_options(command: Command) -> Command:
     """How to train: each option overrides a field of the task's recipe."""
-    options = (
-        click.option("--base", type=click.Choice(BASES), help="The optimizer that SAM wraps."),
-        click.option("--lr", type=float, help="Learning rate."),
-        click.option("--momentum", type=float, help="Momentum of SGD."),
-        click.option("--weight-decay", type=float, help="Weight decay."),
-        click.option("--dropout", type=float, help="Dropout, where the network has it."),
-        click.option("--batch-size", type=int, help="Samples a step; full batch if there are no more."),
-        click.option("--epochs", type=int, help="Passes over the training data."),
-        click.option(
-            "--schedule",
-            type=click.Choice(("step", "cosine", "constant")),
-            help="The learning rate falls by 10 at milestones, along a cosine, or not.",
-        ),
-        click.option(
-            "--milestones", callback=numbers, metavar="X,...", help="Of step, as fractions of the epochs: 0.5,0.75."
-        ),
-        click.option("--data", callback=source, metavar="ID_OR_PATH", help="Where a task loads its data from."),
-        click.option(
-            "--config", callback=existing, metavar="FILE.toml", help="Recipe fields in a file, such as lr = 0.1."
-        ),
-        click.option(
-            "--set",
-            "settings",
-            callback=assignments,
-            multiple=True,
-            metavar="NAME=X",
-            help="A setting that only this task has; may be repeated.",
-        ),
-        click.option("--pruner", type=click.Choice(PRUNERS), help="What chooses the masked weights; default random."),
-        click.option("--augment/--no-augment", default=None, help="Alter training inputs; default: as the task does."),
-        click.option(
-            "--patience",
-            type=int,
-            metavar="N",
-            help="Stop N epochs after the best validation.",
-        ),
-        click.option(
-            "--adaptive",
-            type=click.Choice(SCALED),
-            help="What scales the perturbation (ASAM): all parameters, or the weights without biases and norms.",
-        ),
-        click.option(
-            "--normalize/--no-normalize",
-            default=None,
-            help="Divide the perturbation by its gradient's norm; the default.",
-        ),
-        click.option("--every", type=int, metavar="K", help="Perturb every K steps; the base optimizer steps between."),
-        click.option("--m", type=int, help="Samples that share SAM's perturbation (m-SAM); default the batch."),
-        click.option("--sigma", type=float, help="Of friendly: how much of the mean gradient is left out; default 1."),
-        click.option(
-            "--lmbda",
-            type=float,
-            help="Of friendly: decay of the mean gradient, default 0.9; of sampa: weight of its second, default 0.2.",
-        ),
-        click.option("--rho-val", type=float, help="Of agnostic: radius on held-out data; default 0.05."),
-        click.option("--accumulate", type=int, metavar="N", help="Compute every batch in N micro-batches."),
-        click.option("--clip", type=float, help="Largest norm of the gradient that is stepped with."),
-        click.option(
-            "--precision", type=click.Choice(PRECISIONS), help="Of the forward pass in training; default float32."
-        ),
-        click.option("--linearize", is_flag=True, default=None, help="Train the first-order expansion of the network."),
-        click.option("--threads", type=int, help="Threads of the CPU for a run."),
-        click.option("--device", help="cpu, cuda, cuda:1, mps; default cuda if there is one."),
-    )
-    return _with(command, options)
+    text = "Recipe fields in a file, such as lr = 0.1."
+    config = click.option("--config", callback=existing, metavar="FILE.toml", help=text)
+    return _with(command, [*_group("recipe"), config])
+
+
+def process_options(command: Command) -> Command:
+    """How several processes train one network."""
+    return _with(command, _group("process"))
+
+
+def seed_option(command: Command) -> Command:
+    """What everything random is drawn from."""
+    return click.option("--seed", type=int, default=0, show_default=True, help=OPTIONS["seed"].help)(command)
+
+
+def track_option(command: Command) -> Command:
+    """How many eigenvalues are followed in training."""
+    row = OPTIONS["track"]
+    return click.option("--track", type=click.IntRange(min=1), metavar=row.metavar, help=row.help)(command)
 
 
 def read_recipe(path: Path | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from samlite.cli.console import progress, shortened
 from samlite.cli.options import json_option, read_recipe, recipe_options, task_argument
 from samlite.cli.report import present
 from samlite.errors import UsageError
+from samlite.training.options import OPTIMIZERS, OPTIONS
 
 if TYPE_CHECKING:
     from samlite.sweep.engines import Engine
@@ -20,45 +21,40 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Train and measure a grid of runs, and report.")
 @task_argument
-@click.option("--widths", callback=options.integers, metavar="N,...", required=True, help="Widths of the first layer.")
+@click.option("--widths", type=options.INTEGERS, required=True, help="Widths of the first layer.")
 @click.option(
     "--optimizers",
-    callback=options.optimizers,
-    metavar="NAME,...",
-    help="Of sgd, adam, adamw, sam, friendly, agnostic, sampa; default the task's baseline and sam.",
+    type=options.CommaList("name", OPTIMIZERS),
+    help=f"Of {', '.join(OPTIMIZERS)}; default the task's baseline and sam.",
 )
 @click.option("--seeds", type=int, default=3, show_default=True, help="How many, counted from 0.")
 @click.option(
     "--rhos",
     "--rho",
-    callback=options.numbers,
-    metavar="X,...",
+    type=options.NUMBERS,
     help="SAM's radii; the best on validation is reported.",
 )
 @click.option(
     "--label-noises",
     "--label-noise",
-    callback=options.numbers,
-    metavar="X,...",
+    type=options.NUMBERS,
     help="Fractions of the training labels.",
 )
 @click.option(
     "--sparsities",
     "--sparsity",
-    callback=options.numbers,
-    metavar="X,...",
+    type=options.NUMBERS,
     help="Fractions of the weights masked.",
 )
-@click.option("--weight-decays", callback=options.numbers, metavar="X,...", help="To compare, such as 0,5e-4.")
+@click.option("--weight-decays", type=options.NUMBERS, help="To compare, such as 0,5e-4.")
 @click.option(
     "--measure",
-    callback=options.measures,
-    metavar="NAME,...",
+    type=options.MEASURES,
     default="eigenvalues",
     show_default=True,
     help="Of every minimum: eigenvalues, moments (of the samples' Hessians), or none.",
 )
-@click.option("--track", type=click.IntRange(min=1), metavar="K", help="Record the top K Hessian eigenvalues an epoch.")
+@options.track_option
 @click.option("--jobs", type=int, help="Runs at once; default as many as the cores allow, or one a GPU.")
 @click.option(
     "--engine",
@@ -147,9 +143,7 @@ def sweep(
 
 def _check_taken(given: dict[str, Any], cells: "list[Config]") -> None:
     """What is given for some kinds of optimizers must be for one of the sweep."""
-    from samlite.training.config import OWN_NAMES
-
-    for name in ("momentum", "adaptive", "normalize", "every", "m", *OWN_NAMES):
+    for name in ("momentum", *(name for name, option in OPTIONS.items() if option.in_label)):
         if name in given and not any(getattr(cell, name) == given[name] for cell in cells):
             used = ", ".join(dict.fromkeys(cell.optimizer for cell in cells))
             option = "--no-normalize" if name == "normalize" else f"--{name.replace('_', '-')}"

@@ -12,13 +12,15 @@ from rich.progress import Progress
 
 from samlite.cli.console import facts, metric, print_json, progress, stdout
 from samlite.cli.options import (
-    OPTIMIZERS,
+    MEASURES,
     json_option,
-    measures,
     process_options,
     read_recipe,
     recipe_options,
+    run_options,
+    seed_option,
     task_argument,
+    track_option,
 )
 
 if TYPE_CHECKING:
@@ -33,25 +35,18 @@ SHOWN = (  # of a result
 
 @click.command(short_help="Train one network.")
 @task_argument
-@click.option("--width", type=int, help="Width of the first layer; the others scale with it.")
-@click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Default: the task's baseline, such as sgd.")
-@click.option("--rho", type=float, help="Radius of SAM's perturbation.")
-@click.option("--label-noise", type=float, help="Fraction of the training labels that moves to another class.")
-@click.option(
-    "--sparsity", type=float, help="Fraction of the weights of linear and convolution layers masked from the start."
-)
+@run_options
 @recipe_options
 @process_options
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the initial weights and the order of batches.")
+@seed_option
 @click.option(
     "--measure",
-    callback=measures,
-    metavar="NAME,...",
+    type=MEASURES,
     default="none",
     show_default=True,
     help="Of the minimum: eigenvalues, moments (of the samples' Hessians), or none.",
 )
-@click.option("--track", type=click.IntRange(min=1), metavar="K", help="Record the top K Hessian eigenvalues an epoch.")
+@track_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; default runs/TASK-OPTIMIZER-wN-sN.")
 @click.option("--resume/--no-resume", default=True, help="Continue what is in the folder, or insist on an empty one.")
 @json_option

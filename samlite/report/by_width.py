@@ -24,9 +24,10 @@ from samlite.errors import UsageError
 from samlite.intervals import Comparison, Geometric, Interval
 from samlite.report.groups import condition_of, varying
 from samlite.sweep.run import finished
-from samlite.training.config import FAMILY, Config
+from samlite.training.config import Config
 from samlite.training.documents import read_cells, read_result
 from samlite.training.measurements import nonuniformity, sharpness
+from samlite.training.options import FAMILY
 
 NEEDED = (  # of every result
     *("final.test_metric", "final.validation_metric", "final.validation_loss", "best.test_metric"),

@@ -7,10 +7,9 @@ from typing import Any
 
 from samlite.errors import UsageError
 from samlite.sweep.run import finished
-from samlite.training.config import FAMILY, Config
+from samlite.training.config import Config
 from samlite.training.documents import read_cells
-
-CONDITIONS = ("label_noise", "sparsity", "weight_decay")  # what a sweep may vary beside width, optimizer, rho and seed
+from samlite.training.options import CONDITIONS, FAMILY
 
 
 @dataclass(frozen=True)

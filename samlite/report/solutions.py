@@ -23,6 +23,7 @@ from samlite.training import network
 from samlite.training.config import Config, task_of
 from samlite.training.documents import read_result
 from samlite.training.measurements import sharpness
+from samlite.training.options import OPTIMIZER_OPTIONS
 from samlite.training.runs import final_network
 from samlite.training.sparsity import masks_in
 
@@ -64,7 +65,7 @@ def solutions(folder: Path | str) -> list[Solutions]:
 
 def _shares(group: Group, sam: Config, other: Config) -> bool:
     """Whether the other run is of the base optimizer and differs by that and its seed alone."""
-    own = {name: getattr(sam, name) for name in ("seed", "optimizer", "rho", "every", "m", "perturb")}
+    own = {name: getattr(sam, name) for name in ("seed", *OPTIMIZER_OPTIONS)}
     return group.rho is not None and other.optimizer == sam.base and replace(other, **own) == sam
 
 

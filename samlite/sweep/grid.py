@@ -7,13 +7,10 @@ from typing import Any
 from samlite import tasks
 from samlite.errors import UsageError
 from samlite.files import described
-from samlite.training.config import FAMILY, OWN_NAMES, Config
+from samlite.training.config import Config
+from samlite.training.options import FAMILY, SWEPT
 
 CELLS = 10_000  # of a sweep at most: each is a process, and a folder
-OWN_OF_CELLS = (  # fields in which the cells of one sweep may differ
-    *("width", "optimizer", "base", "rho", "seed", "label_noise", "sparsity", "weight_decay"),
-    *("adaptive", "normalize", *OWN_NAMES, "every", "m"),
-)
 
 
 def grid(
@@ -80,14 +77,14 @@ def _kinds(cells: Sequence[Config]) -> list[Config]:
     """One cell of each kind that `_differences` can tell apart."""
     kinds: dict[Any, Config] = {}
     for cell in cells:
-        common = tuple(value for name, value in vars(cell).items() if name not in OWN_OF_CELLS)
+        common = tuple(value for name, value in vars(cell).items() if name not in SWEPT)
         kinds.setdefault((common, cell.base, bool(cell.sparsity)), cell)
     return list(kinds.values())
 
 
 def _differences(old: Config, new: Config) -> str:
     """What two cells of one sweep must have in common, but do not."""
-    own = set(OWN_OF_CELLS)
+    own = set(SWEPT)
     if not (old.sparsity and new.sparsity):
         own.add("pruner")
     if old.base != new.base:

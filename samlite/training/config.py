@@ -1,6 +1,5 @@
 """The resolved recipe of a run: everything that decides its result."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
@@ -12,30 +11,7 @@ import torch
 from samlite import tasks
 from samlite.errors import UsageError
 from samlite.files import described
-
-BASES = ("sgd", "adam", "adamw")
-FAMILY = ("sam", "friendly", "agnostic", "sampa")
-OPTIMIZERS = (*BASES, *FAMILY)
-OWN: dict[str, dict[str, float]] = {  # what only some of the family have, with the values that their papers use
-    "friendly": {"sigma": 1.0, "lmbda": 0.9},
-    "agnostic": {"rho_val": 0.05},
-    "sampa": {"lmbda": 0.2},
-}
-SCALED = ("none", "all", "weights")
-OWN_NAMES = ("sigma", "lmbda", "rho_val")
-ADAPTIVE = ("sam", "friendly", "sampa")  # where the perturbation may scale with the weights
-PERTURBATIONS = ("global", "local")
-SPLITS = ("batches", "gradients")
-PRECISIONS = ("float32", "bfloat16", "float16")
-SCHEDULES = ("step", "cosine", "constant")
-CONDITIONS = (  # of training, which a recipe file may set too
-    *("augment", "label_noise", "sparsity", "pruner", "patience", "linearize"),
-    *("adaptive", "normalize", *OWN_NAMES, "every", "m"),
-    *("accumulate", "clip", "precision", "perturb", "split", "sync_batch_norm"),
-)
-PRUNERS = ("random", "snip", "magnitude")
-FLOATS = 2.0**1023  # whatever is smaller can be a float
-THREADS = 1024  # at most: a process that cannot start all of its threads is aborted
+from samlite.training.options import BASES, CONDITIONS, FAMILY, FLOATS, OPTIMIZERS, OPTIONS, Choice, Number
 
 
 @dataclass(frozen=True)
@@ -45,7 +21,8 @@ class Config:
     task: str
     width: int
     optimizer: str
-    base: str  # the optimizer that SAM wraps; the optimizer itself where that is not SAM
+    base: str
+    """The optimizer that SAM wraps; the optimizer itself where that is not SAM."""
     rho: float
     lr: float
     momentum: float
@@ -53,101 +30,78 @@ class Config:
     batch_size: int
     epochs: int
     schedule: str
-    milestones: tuple[float, ...]  # fractions of the epochs at which the step schedule divides lr by 10
-    threads: int  # of the CPU; the last bits of a result depend on it
+    milestones: tuple[float, ...]
+    """The fractions of the epochs at which the step schedule divides lr by 10."""
+    threads: int
+    """CPU threads. The last bits of a result depend on their number."""
     seed: int
     data: str | None
     device: str
-    dropout: float | None = None  # None: the network has none
-    settings: tuple[tuple[str, float], ...] = ()  # what only this task has, by name
-    augment: bool = False  # the inputs of training batches, as the task does it
-    label_noise: float = 0.0  # fraction of the training labels that move to another class
-    sparsity: float = 0.0  # fraction of the weights that are masked from the start
-    pruner: str | None = None  # that chooses them
-    patience: int = 0  # epochs without a better validation result after which training stops; 0: never
-    adaptive: str = "none"  # what scales the perturbation (ASAM): "all" parameters, or only the "weights"
-    normalize: bool = True  # False: the perturbation is rho times the gradient, however long that is
-    every: int = 1  # the perturbation is taken every so many steps, and the base optimizer's own step between
-    m: int = 0  # samples that share a perturbation (m-SAM); 0: all of a batch
-    sigma: float | None = None  # of friendly: the share of the mean gradient that is left out; None: it has none
-    lmbda: float | None = None  # of friendly: the decay of that mean; of sampa: the weight of its second gradient
-    rho_val: float | None = None  # of agnostic: the radius on held-out data
-    accumulate: int = 1  # micro-batches that a batch is computed in
-    clip: float = 0.0  # largest norm of the gradient that is stepped with; 0: any
-    precision: str = "float32"  # of the forward pass in training
-    perturb: str = "global"  # of several processes: by the gradient of all, or each by its own ("local")
-    split: str = "batches"  # what several processes share out; the two "gradients" of sampa
-    sync_batch_norm: bool = False  # statistics over all processes, on CUDA devices
-    linearize: bool = False  # train the network's first-order expansion about its first weights
-    track: int = 0  # largest Hessian eigenvalues recorded after every epoch
+    dropout: float | None = None
+    """The dropout rate; None where the network has no dropout."""
+    settings: tuple[tuple[str, float], ...] = ()
+    """Settings that only this task has, by name."""
+    augment: bool = False
+    """Whether training inputs are altered, as the task does it."""
+    label_noise: float = 0.0
+    """The fraction of the training labels that move to another class."""
+    sparsity: float = 0.0
+    """The fraction of the weights that are masked from the start."""
+    pruner: str | None = None
+    """What chooses the masked weights."""
+    patience: int = 0
+    """The number of epochs without a better validation result after which training stops; 0 never stops."""
+    adaptive: str = "none"
+    """What scales the perturbation (ASAM): "all" parameters, or only the "weights"."""
+    normalize: bool = True
+    """Whether the perturbation has length rho; else it is rho times the gradient."""
+    every: int = 1
+    """Perturb every `every`-th step only, and take plain steps of the base optimizer in between."""
+    m: int = 0
+    """The number of samples that share a perturbation (m-SAM); 0 for all of a batch."""
+    sigma: float | None = None
+    """The share of the mean gradient that FriendlySAM leaves out; None for other optimizers."""
+    lmbda: float | None = None
+    """The decay of FriendlySAM's mean gradient, or the weight of SAMPa's second gradient."""
+    rho_val: float | None = None
+    """The radius of AgnosticSAM on held-out data."""
+    accumulate: int = 1
+    """The number of micro-batches that a batch is computed in."""
+    clip: float = 0.0
+    """The largest norm of the gradient that is stepped with; 0 for any."""
+    precision: str = "float32"
+    """The precision of the forward pass in training."""
+    perturb: str = "global"
+    """Whether several processes perturb by the gradient of all ("global"), or each by its own ("local")."""
+    split: str = "batches"
+    """What several processes share out: the batches, or the two gradients of SAMPa."""
+    sync_batch_norm: bool = False
+    """Whether batch norm takes its statistics over all processes, on CUDA devices."""
+    linearize: bool = False
+    """Whether the network's first-order expansion about its first weights is trained."""
+    track: int = 0
+    """How many of the largest Hessian eigenvalues are recorded after every epoch."""
 
     def __post_init__(self) -> None:
         task = tasks.get(self.task)
-        _check_integer("width", self.width, 1)
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_choice("base", self.base, BASES)
-        _check_number("rho", self.rho)
-        _check_number("lr", self.lr, above=True)
-        _check_number("momentum", self.momentum, below=1)
-        _check_number("weight_decay", self.weight_decay)
-        _check_integer("batch_size", self.batch_size, 1)
-        _check_integer("epochs", self.epochs, 1)
-        _check_choice("schedule", self.schedule, SCHEDULES)
-        if not isinstance(self.milestones, tuple):
-            raise UsageError(f"milestones must be a list of numbers, got {described(self.milestones)}")
-        for milestone in self.milestones:
-            _check_number("milestones", milestone, above=True, below=1)
-        _check_integer("threads", self.threads, 1, most=THREADS)
-        _check_integer("seed", self.seed, 0)
-        _check_device(self.device)
-        _check_number("label_noise", self.label_noise, below=1)
-        _check_number("sparsity", self.sparsity, below=1)
-        _check_integer("patience", self.patience, 0)
-        _check_integer("track", self.track, 0)
-        _check_integer("every", self.every, 1)
-        _check_integer("m", self.m, 0)
-        _check_integer("accumulate", self.accumulate, 1)
-        _check_number("clip", self.clip)
-        _check_choice("precision", self.precision, PRECISIONS)
-        _check_choice("perturb", self.perturb, PERTURBATIONS)
-        _check_choice("split", self.split, SPLITS)
-        for name in ("augment", "normalize", "linearize", "sync_batch_norm"):
-            if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"{name} must be true or false, got {described(getattr(self, name))}")
-        self._check_optimizer()
+        Choice(OPTIMIZERS).check("optimizer", self.optimizer)
+        if self.rho and self.optimizer not in FAMILY:
+            Number().check("rho", self.rho)
+            raise UsageError(f"rho must be 0 without SAM, got {self.rho}; use optimizer sam")
+        for name, option in OPTIONS.items():
+            option.check(name, getattr(self, name), self.optimizer)
+        check_device(self.device)
+        self._check_together()
         self._check_applies(task)
 
-    def _check_optimizer(self) -> None:
-        if self.optimizer not in FAMILY:
-            if self.rho:
-                raise UsageError(f"rho must be 0 without SAM, got {self.rho}; use optimizer sam")
-            if self.base != self.optimizer:
-                raise UsageError(f"base must go with SAM, got {self.base} with {self.optimizer}; use optimizer sam")
-        _check_choice("adaptive", self.adaptive, SCALED)
-        if self.adaptive != "none" and self.optimizer not in ADAPTIVE:
-            use = " or ".join(ADAPTIVE)
-            raise UsageError(f"adaptive must be none for {self.optimizer}, got {self.adaptive}; use optimizer {use}")
-        if not self.normalize and self.optimizer not in FAMILY:
-            raise UsageError(f"normalize must not be given for {self.optimizer}; use optimizer sam")
-        if self.every > 1 and self.optimizer not in ("sam", "friendly"):
-            raise UsageError(f"every must be 1 for {self.optimizer}, got {self.every}; use optimizer sam or friendly")
-        if self.m and self.optimizer != "sam":
-            raise UsageError(f"m must be 0 for {self.optimizer}, got {self.m}; use optimizer sam")
-        for name, usual in _own(self.optimizer).items():
-            value = getattr(self, name)
-            if usual is not None:
-                _check_number(name, value)
-            elif value is not None:
-                owners = " or ".join(optimizer for optimizer in OWN if name in OWN[optimizer])
-                raise UsageError(f"{name} must not be given for {self.optimizer}, got {value}; use optimizer {owners}")
+    def _check_together(self) -> None:
+        """Raise UsageError where two options do not go together."""
+        if self.optimizer not in FAMILY and self.base != self.optimizer:
+            raise UsageError(f"base must go with SAM, got {self.base} with {self.optimizer}; use optimizer sam")
         if self.lmbda is not None and (self.lmbda > 1 or (self.lmbda == 1 and self.optimizer == "friendly")):
             raise UsageError(f"lmbda must be {'<' if self.optimizer == 'friendly' else '<='} 1, got {self.lmbda}")
         if self.m and self.accumulate > 1:
             raise UsageError(f"m must be 0 with accumulate {self.accumulate}, got {self.m}; choose one of them")
-        if self.perturb == "local" and self.optimizer != "sam":
-            raise UsageError(f"perturb must be global for {self.optimizer}, got local; use optimizer sam")
-        if self.split == "gradients" and self.optimizer != "sampa":
-            raise UsageError(f"split must be batches for {self.optimizer}, got gradients; use optimizer sampa")
         if self.split == "gradients" and self.sync_batch_norm:
             raise UsageError("sync_batch_norm must not go with split gradients: both processes see the whole batch")
         if self.sync_batch_norm and not self.device.startswith("cuda"):
@@ -166,10 +120,8 @@ class Config:
         if (self.data is None) != (task.source is None):
             needs = "not be given: the task brings its own" if task.source is None else "name a source"
             raise UsageError(f"data of task {task.name} must {needs}, got {self.data}")
-        if self.dropout is not None:
-            _check_number("dropout", self.dropout, below=1)
-            if task.recipe.dropout is None:
-                raise UsageError(f"dropout must not be given: the network of task {task.name} has none")
+        if self.dropout is not None and task.recipe.dropout is None:
+            raise UsageError(f"dropout must not be given: the network of task {task.name} has none")
         _check_settings(self.settings, task)
         self._check_samples(task.with_settings(dict(self.settings)))
         if self.augment and not task.augments:
@@ -178,9 +130,9 @@ class Config:
             raise UsageError(
                 f"label_noise must be 0 for task {task.name}, which has no classes, got {self.label_noise}"
             )
-        if self.sparsity:
-            _check_choice("pruner", self.pruner, PRUNERS)
-        elif self.pruner is not None:
+        if self.sparsity and self.pruner is None:
+            OPTIONS["pruner"].kind.check("pruner", self.pruner)
+        if self.pruner is not None and not self.sparsity:
             raise UsageError(f"pruner must go with a sparsity above 0, got {self.pruner}")
 
     def _check_samples(self, task: tasks.Task) -> None:
@@ -210,41 +162,31 @@ class Config:
         chosen = {name: value for name, value in choices.items() if value is not None}
         optimizer = chosen.setdefault("optimizer", known.base)
         base = chosen.setdefault("base", known.base if optimizer in FAMILY else optimizer)
-        _check_choice("optimizer", optimizer, OPTIMIZERS)
-        _check_choice("base", base, BASES)
+        Choice(OPTIMIZERS).check("optimizer", optimizer)
+        Choice(BASES).check("base", base)
         values = {
             "width": known.width,
             "seed": 0,
             "data": known.source,
             "device": "cuda" if torch.cuda.is_available() else "cpu",
             "augment": known.augments,
+            **{name: option.usual_for(optimizer) for name, option in OPTIONS.items() if option.usual},
             **asdict(known.recipe),
             "lr": known.recipe.lr.get(base),
             **recipe,
         }
-        if optimizer not in FAMILY:
-            values |= {"rho": 0.0, "normalize": True}
-        if optimizer not in ADAPTIVE:
-            values["adaptive"] = "none"
+        values |= {name: option.neutral for name, option in OPTIONS.items() if optimizer not in option.only}
         if known.recipe.dropout is None:
             values["dropout"] = None
         if not known.augments:
             values["augment"] = False
-        if optimizer not in ("sam", "friendly"):
-            values["every"] = 1
-        if optimizer != "sam":
-            values |= {"m": 0, "perturb": "global"}
-        for name, usual in _own(optimizer).items():
-            values[name] = None if usual is None else values.get(name, usual)
-        if optimizer != "sampa":
-            values["split"] = "batches"
         if base != "sgd":
             values["momentum"] = 0.0
         if {**values, **chosen}["schedule"] != "step":
             values["milestones"] = ()
         values |= chosen
         if values.get("sparsity"):
-            values.setdefault("pruner", PRUNERS[0])
+            values.setdefault("pruner", "random")
         elif "pruner" not in chosen:
             values["pruner"] = None
         settings = [dict(level.get("settings") or {}) for level in (recipe, chosen)]
@@ -263,12 +205,10 @@ class Config:
         try:
             if not isinstance(document, Mapping):
                 raise UsageError(f"it must be an object, got {described(document)}")
-            optimizer = document.get("optimizer")
-            own = OWN.get(optimizer, {}) if isinstance(optimizer, str) else {}  # as before a config held them
-            values = {
-                **own,
-                **{f.name: document[f.name] for f in fields(cls) if f.name in document or f.default is MISSING},
-            }
+            optimizer = document.get("optimizer")  # below: as before a config held what is usual for it
+            usual = {name: row.usual[optimizer] for name, row in OPTIONS.items() if optimizer in tuple(row.usual)}
+            given = {f.name: document[f.name] for f in fields(cls) if f.name in document or f.default is MISSING}
+            values = {**usual, **given}
             settings = values.get("settings", {})
             if not isinstance(settings, Mapping):
                 raise UsageError(f"settings must be numbers by name, got {described(settings)}")
@@ -296,21 +236,17 @@ class Config:
     def label(self) -> str:
         """The optimizer, with what it wraps where that is not the task's baseline, and how it is varied: sam-every2."""
         base = "" if self.optimizer not in FAMILY or self.base == tasks.get(self.task).base else f"-{self.base}"
-        usual = {"every": 1, "m": 0, **_own(self.optimizer)}
-        varied = [f"{name}{getattr(self, name)}" for name in usual if getattr(self, name) != usual[name]]
-        varied += {"none": [], "all": ["adaptive"], "weights": ["adaptive-weights"]}[self.adaptive]
-        varied += ["unnormalized"] * (not self.normalize)
-        return "-".join([self.optimizer + base, *varied])
+        varied = [option.label(name, getattr(self, name), self.optimizer) for name, option in OPTIONS.items()]
+        return "-".join([self.optimizer + base, *filter(None, varied)])
 
     def conditions(self) -> dict[str, Any]:
         """What a sweep may vary beside width, optimizer, rho and seed, where it differs from the task's recipe."""
-        recipe = tasks.get(self.task).recipe
-        found = {
-            "noise": (self.label_noise, 0.0),
-            "sparse": (self.sparsity, 0.0),
-            "decay": (self.weight_decay, recipe.weight_decay),
+        usual = vars(tasks.get(self.task).recipe)
+        return {
+            OPTIONS[name].condition: getattr(self, name)
+            for name in CONDITIONS
+            if getattr(self, name) != usual.get(name, 0.0)
         }
-        return {name: value for name, (value, usual) in found.items() if value != usual}
 
 
 def task_of(config: Config) -> tasks.Task:
@@ -318,14 +254,10 @@ def task_of(config: Config) -> tasks.Task:
     return tasks.get(config.task).with_settings(dict(config.settings))
 
 
-def _own(optimizer: str) -> dict[str, float | None]:
-    """What only some of the family have: the usual value, None for what this optimizer has not."""
-    return {name: OWN.get(optimizer, {}).get(name) for name in OWN_NAMES}
-
-
 def check_recipe(recipe: Mapping[str, Any]) -> None:
     """Raise UsageError unless every name is a field of a recipe, or a condition of training."""
-    names = [*(field.name for field in fields(tasks.Recipe)), *CONDITIONS]
+    names = [field.name for field in fields(tasks.Recipe)]
+    names += [name for name, option in OPTIONS.items() if option.in_recipe]
     for name in recipe:
         if name not in names:
             near = get_close_matches(name, names, n=1)
@@ -339,8 +271,8 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Whole numbers as floats where either may stand, so that 1 and 1.0 give one name, and a list as a tuple."""
     if isinstance(milestones := values["milestones"], list):
         values = {**values, "milestones": tuple(milestones)}
-    names = ("rho", "lr", "momentum", "weight_decay", "dropout", "label_noise", "sparsity", "clip", *OWN_NAMES)
-    return {name: float(value) if name in names and _is_whole(value) else value for name, value in values.items()}
+    numbers = {name for name, option in OPTIONS.items() if isinstance(option.kind, Number)}
+    return {name: float(value) if name in numbers and _is_whole(value) else value for name, value in values.items()}
 
 
 def _is_whole(value: object) -> bool:
@@ -362,7 +294,7 @@ def _check_settings(settings: tuple[tuple[str, float], ...], task: tasks.Task) -
 
 def usable_device(name: str) -> torch.device:
     """The device of this name. Raises UsageError where this machine cannot compute on it."""
-    device = _check_device(name)
+    device = check_device(name)
     try:
         torch.zeros(1, device=device).item()
     except (AssertionError, NotImplementedError, RuntimeError) as error:
@@ -371,30 +303,8 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def _check_device(name: object) -> torch.device:
+def check_device(name: object) -> torch.device:
     try:
         return torch.device(name if isinstance(name, str | torch.device) else "")
     except (RuntimeError, TypeError):
         raise UsageError(f"device must be a name such as cpu or cuda:0, got {described(name)}") from None
-
-
-def _check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise UsageError(f"{name} must be an integer, got {described(value)}")
-    if not least <= value < (2**63 if most is None else most + 1):
-        limit = "below 2^63" if most is None else f"<= {most}"
-        raise UsageError(f"{name} must be >= {least}{f' and {limit}' * (value > 0)}, got {described(value)}")
-
-
-def _check_number(name: str, value: object, *, above: bool = False, below: float = math.inf) -> None:
-    """A finite number >= 0, or > 0 with `above`, and < below."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise UsageError(f"{name} must be a number, got {described(value)}")
-    if not (0 <= value < min(below, FLOATS)) or (above and value == 0):
-        limit = f" and < {below}" if below < math.inf else "" if abs(value) < FLOATS else " and finite"
-        raise UsageError(f"{name} must be {'>' if above else '>='} 0{limit}, got {described(value)}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}, got {described(value)}")

@@ -17,7 +17,8 @@ from samlite.errors import UsageError
 from samlite.optim.sam import SAM, Closure
 from samlite.optim.variants import AgnosticSAM, FriendlySAM, SAMPa
 from samlite.tasks import Task
-from samlite.training.config import OWN, Config
+from samlite.training.config import Config
+from samlite.training.options import OPTIONS
 
 _BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 _FAMILY = {"sam": SAM, "friendly": FriendlySAM, "agnostic": AgnosticSAM, "sampa": SAMPa}
@@ -43,7 +44,7 @@ def optimizer_of(
         options["m"] = 1  # closures; `Closures` makes one for each m samples
     if config.perturb == "local" and isinstance(forward, DistributedDataParallel):
         options["no_sync"] = forward.no_sync
-    options |= {name: getattr(config, name) for name in OWN.get(config.optimizer, {})}
+    options |= {name: getattr(config, name) for name, row in OPTIONS.items() if config.optimizer in row.usual}
     options |= {"adaptive": config.adaptive != "none", "normalize": config.normalize}
     if config.split == "gradients" and distributed.world() > 1:
         if distributed.world() != 2:

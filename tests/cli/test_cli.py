@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import click
@@ -13,8 +14,8 @@ from conftest import Result, command, process
 
 from samlite import tasks
 from samlite.cli import cli as commands
-from samlite.cli import options
-from samlite.training import config
+from samlite.training.config import Config
+from samlite.training.options import OPTIONS
 
 pytest.importorskip("sklearn")
 
@@ -195,11 +196,15 @@ def test_the_shell_can_complete_commands_options_and_tasks(cli: Cli, monkeypatch
         assert expected in cli().out
 
 
-def test_the_choices_on_screen_are_those_of_the_library() -> None:
-    assert options.OPTIMIZERS == config.OPTIMIZERS and options.BASES == config.BASES
-    assert options.PRUNERS == config.PRUNERS and options.PRECISIONS == config.PRECISIONS
-    assert options.PERTURBATIONS == config.PERTURBATIONS and options.SCALED == config.SCALED
-    assert options.SPLITS == config.SPLITS
+def test_every_option_of_a_run_is_one_of_the_command_line() -> None:
+    given = {parameter.name for parameter in commands.commands["train"].params}
+    assert set(OPTIONS) <= given
+    assert {field.name for field in fields(Config)} == {"task", *OPTIONS}
+
+
+def test_the_table_of_options_needs_no_torch() -> None:
+    code = "import samlite.training.options, samlite.cli.options, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_help_and_version_start_without_torch() -> None:
