@@ -75,3 +75,20 @@ def test_the_report_shows_the_solutions_and_draws_them(
     assert (tmp_path / "s.png").stat().st_size > 10_000
     document = json.loads(cli("report", swept, "--solutions", "--json").out)
     assert [each["interpolating"] for each in document] == [0, 0, 2, 2]
+
+
+def test_every_variant_of_sam_is_compared_with_its_base(cli: Callable[..., Result], tmp_path: Path) -> None:
+    recipe = {"epochs": 1}
+    cells = sweep.grid("digits", [8], ["sgd", "friendly", "agnostic", "sampa"], seeds=1, recipe=recipe, device="cpu")
+    for own in ({"adaptive": "all"}, {"normalize": False}, {"every": 2}, {"m": 50}):
+        cells += sweep.grid("digits", [8], ["sam"], seeds=1, recipe={**recipe, **own}, device="cpu", base="sgd")
+    write_json(tmp_path / "sweep.json", {"cells": [cell.to_json() for cell in cells]})
+    for cell in cells:
+        list(train(cell, tmp_path / cell.name))
+        path = tmp_path / cell.name / "result.json"  # to train until they interpolate would take a minute
+        write_json(path, {**json.loads(path.read_text()), "interpolates": True})
+    found = {each.group.optimizer: each for each in solutions(tmp_path)}
+    assert len(found) == 8 and found.pop("sgd").apart is None
+    for label, each in found.items():
+        assert each.apart is not None and each.apart.mean > 0, label
+    assert cli("report", tmp_path, "--solutions").status == 0
