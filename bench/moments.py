@@ -102,7 +102,7 @@ def measure(case: Case, repeats: int) -> Table:
     model, x = case.build().eval(), case.inputs()
     y = torch.randint(0, 10, (len(x),))
     few = slice(0, case.mapped)
-    chains = Hessian(model, bench.CRITERION, (x, y))._samples("sample").operator
+    chains = Hessian(model, bench.CRITERION, (x, y)).samples("sample").operator
     v = torch.randn(sum(p.numel() for p in model.parameters()))
     table = Table("", "gradients, median (range)", "vmap", "times as fast", "relative difference", box=SIMPLE)
     table.title = f"{case.title}, p {len(v):,}"
@@ -111,7 +111,7 @@ def measure(case: Case, repeats: int) -> Table:
         torch.autograd.grad(bench.CRITERION(model(x), y), list(model.parameters()))
 
     with sdpa_kernel(SDPBackend.MATH):
-        ours = Hessian(model, bench.CRITERION, (x[few], y[few]))._samples("sample").operator.apply(v, max(ORDERS))
+        ours = Hessian(model, bench.CRITERION, (x[few], y[few])).samples("sample").operator.apply(v, max(ORDERS))
         gradient(), chains.apply(v, max(ORDERS))  # warm
         own: dict[int, list[float]] = {k: [] for k in ORDERS}
         theirs: dict[int, list[float]] = {k: [] for k in ORDERS}
@@ -147,7 +147,7 @@ def probe(n: int, memory: str) -> None:
     model, x, y = bench.mlp(784, 300, 100, 10), torch.randn(n, 784), torch.randint(0, 10, (n,))
     v = torch.randn(sum(p.numel() for p in model.parameters()))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    chains = Hessian(model, bench.CRITERION, (x, y), memory=memory)._samples("sample").operator
+    chains = Hessian(model, bench.CRITERION, (x, y), memory=memory).samples("sample").operator
     times = [seconds(lambda: chains.apply(v, 4)) for _ in range(6)][1:]
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(json.dumps({"n": n, "memory": memory, "seconds": median(times), "peak": peak, "kept": chains.kept_bytes}))

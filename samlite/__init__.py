@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from samlite.curvature.hessian import Hessian
-    from samlite.curvature.moments import Moments
-    from samlite.curvature.operator import Density, Eigenvalues, Estimate
-    from samlite.curvature.sharpness import Block, Sharpness
-    from samlite.curvature.stability import Stability
+    from samlite.curvature.operator import Operator
+    from samlite.curvature.results import Block, Density, Eigenvalues, Estimate, Moments, Sharpness, Stability
     from samlite.errors import UsageError
     from samlite.optim.sam import SAM
     from samlite.optim.variants import AgnosticSAM, FriendlySAM, SAMPa
@@ -27,6 +25,7 @@ __all__ = [
     "FriendlySAM",
     "Hessian",
     "Moments",
+    "Operator",
     "SAMPa",
     "Sharpness",
     "Stability",
@@ -41,13 +40,14 @@ _HOME = {
     "FriendlySAM": "samlite.optim.variants",
     "SAMPa": "samlite.optim.variants",
     "Hessian": "samlite.curvature.hessian",
-    "Moments": "samlite.curvature.moments",
-    "Density": "samlite.curvature.operator",
-    "Eigenvalues": "samlite.curvature.operator",
-    "Estimate": "samlite.curvature.operator",
-    "Block": "samlite.curvature.sharpness",
-    "Sharpness": "samlite.curvature.sharpness",
-    "Stability": "samlite.curvature.stability",
+    "Moments": "samlite.curvature.results",
+    "Operator": "samlite.curvature.operator",
+    "Density": "samlite.curvature.results",
+    "Eigenvalues": "samlite.curvature.results",
+    "Estimate": "samlite.curvature.results",
+    "Block": "samlite.curvature.results",
+    "Sharpness": "samlite.curvature.results",
+    "Stability": "samlite.curvature.results",
 }
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ from torch import Tensor
 from samlite.errors import UsageError
 
 _UNITS = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
+_NO_LIMIT = 2**62
+_GROUP_FILES = (  # the limit, what is used, and what of that is cache: of versions 2 and 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 _SAVED: dict[type, list[str]] = {}  # of a kind of node: the names under which it shows the tensors that it saved
 
 
@@ -29,9 +35,43 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return 4 * 2**30  # no portable way to ask; a modest guess, which `memory` overrides
+        free = 4 * 2**30  # no portable way to ask; a modest guess, which `memory` overrides
+    return max(0, min([free, *map(free_in_group, _groups())]))
+
+
+def free_in_group(folder: Path) -> int:
+    """What a control group of Linux leaves to its processes: its limit less what they hold beside file caches.
+
+    Containers and batch systems limit memory so.
+    """
+    for limit, used, cache in _GROUP_FILES:
+        try:
+            most = (folder / limit).read_text().strip()
+            held = int((folder / used).read_text())
+            lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cached = int(dict(lines).get(cache, 0))  # the kernel gives it up where memory is short
+            return _NO_LIMIT if most == "max" else int(most) - max(0, held - cached)
+        except (OSError, ValueError):
+            continue
+    return _NO_LIMIT
+
+
+def _groups() -> list[Path]:
+    """The folders of this process's memory groups, the innermost first."""
+    root = Path("/sys/fs/cgroup")
+    folders = []
+    try:
+        entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        entries = []
+    for _, controllers, path in entries:
+        if controllers in ("", "memory"):
+            base = root / controllers
+            inner = base / path.strip("/")
+            folders += [inner, *(parent for parent in inner.parents if parent.is_relative_to(base))]
+    return [*folders, root, root / "memory"]
 
 
 def graph_bytes(held: Iterable[Tensor], constants: Iterable[Tensor]) -> int:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from samlite.batches import described
+from samlite.curvature.memory import free_bytes, parse_bytes
+from samlite.curvature.results import Density, Eigenvalues, Estimate
 from samlite.errors import UsageError
 from samlite.intervals import student_t
 
@@ -26,62 +28,39 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 Progress = Callable[[int, float], None]  # (products so far, worst error over what is allowed)
-Value = TypeVar("Value", float, Tensor)
 
 DEFLATION = 20  # Lanczos steps that find the large eigenvalues before a trace is left to chance
-
-
-@dataclass(frozen=True)
-class Eigenvalues:
-    """The k eigenvalues asked for, best first, each with a bound on its distance to a true one."""
-
-    values: Tensor  # (k,) float64, on the host
-    errors: Tensor  # (k,) |value - eigenvalue| is at most this
-    residuals: Tensor  # (k,) |H x - value x| of the unit vector x behind each value
-    vectors: Tensor | None  # (p, k) on the parameters' device, if asked for
-    converged: bool  # every error is at most tol * |value|
-    complete: bool | None  # True: checked that none was missed; False: the check did not finish; None: not checked
-    matvecs: int  # products H v
-    gradient_evaluations: float  # the work in full gradients, a product counted as what it measures at
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Estimate(Generic[Value]):
-    """A trace from random probes. value ± 1.96 stderr is its 95 % interval, also where probes are few."""
-
-    value: Value  # a number, or (order,) float64
-    stderr: Value
-    probes: int
-    converged: bool  # the standard error is at most tol * |value|
-    matvecs: int
-    gradient_evaluations: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Density:
-    """The spectral density, smoothed by a Gaussian, with the nodes and weights behind it."""
-
-    grid: Tensor  # (points,) eigenvalues
-    density: Tensor  # (points,) per unit of eigenvalue; its integral is 1
-    stderr: Tensor  # (points,) density ± 1.96 stderr covers the smoothed density in 95 % of cases at each point
-    nodes: Tensor  # (probes, steps): sum of weights * f(nodes) in a row estimates tr(f(H)) / p
-    weights: Tensor  # (probes, steps), 0 where a Krylov space ended early
-    width: float  # standard deviation of the Gaussian
-    probes: int
-    converged: bool  # the mean standard error is at most tol times the mean density
-    matvecs: int
-    gradient_evaluations: float
-    seconds: float
 
 
 class Operator:
     """A symmetric matrix of the curvature, matrix-free: products, and eigenvalues with an error bound each."""
 
     names: list[str]
-    params: list[nn.Parameter]  # that it is measured by
-    memory: int  # bytes
+    """The names of the parameters."""
+    params: list[nn.Parameter]
+    """The parameters by which it is measured, whose dtype and device its vectors have."""
+    memory: int
+    """The bytes that the basis of a solver may take."""
+
+    @staticmethod
+    def of(matvec: Callable[[Tensor], Tensor], like: Tensor, *, memory: int | str | None = None) -> Operator:
+        """Any symmetric matrix, by its products: the same solvers, errors and certificates.
+
+        ::
+
+            matrix = torch.diag(torch.arange(1.0, 101.0))
+            top = samlite.Operator.of(lambda v: matrix @ v, torch.empty(100)).eigenvalues(3)
+
+        Args:
+            matvec: multiplies a vector like `like`, without autograd.
+            like: a vector (p,) in float32 or float64, on the device of the products. Its values do not matter.
+            memory: bytes (or "2GB") for the vectors of a solver; default half of what is free.
+
+        Raises:
+            UsageError: `like` is no such vector, a product has another shape, dtype or device, or the matrix is not
+                symmetric, as two random products show.
+        """
+        return _Given(matvec, like, memory)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,7 +79,7 @@ class Operator:
             return torch.complex(self @ v.real, self @ v.imag)
         like = self.params[0]
         v = v.detach().to(like.device, like.dtype)
-        with self._products() as operator:
+        with self.products() as operator:
             columns = [operator.apply(column.contiguous()) for column in v.reshape(len(v), -1).T]
             exponent = operator.exponent() if columns else 0
         if v.dim() == 1:
@@ -163,7 +142,7 @@ class Operator:
         Raises:
             UsageError: a product is not finite, or so small that it has lost digits.
         """
-        found, exponent, work = self._eigenpairs(
+        found, exponent, work = self.eigenpairs(
             k, which, method, tol, verify, start, seed, basis, max_matvecs, progress
         )
         values, errors, residuals = (
@@ -182,7 +161,7 @@ class Operator:
             **work,
         )
 
-    def _eigenpairs(
+    def eigenpairs(
         self,
         k: int = 1,
         which: str = "LA",
@@ -218,10 +197,10 @@ class Operator:
             progress=progress,
         )
         began = time.perf_counter()
-        with self._products() as operator:
+        with self.products() as operator:
             found = compiled().eigenpairs(operator, options, which, method)
             exponent = operator.exponent()
-        return found, exponent, self._work(time.perf_counter() - began)
+        return found, exponent, self.work(time.perf_counter() - began)
 
     def trace(
         self,
@@ -309,7 +288,7 @@ class Operator:
         generator = torch.Generator(device="cpu").manual_seed(seed)
         nodes, weights, matvecs = (*torch.zeros(2, 0, steps, dtype=torch.float64, device="cpu"), 0)
         began = time.perf_counter()
-        with self._products() as operator:
+        with self.products() as operator:
             look = 3
             while True:
                 signs = torch.randint(0, 2, (p,), generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
@@ -334,11 +313,22 @@ class Operator:
                     progress(matvecs, error / tol)
                 if error <= tol or exhausted:
                     break
-        work = self._work(time.perf_counter() - began)
+        work = self.work(time.perf_counter() - began)
         grid, nodes = _multiplied(grid, exponent), _multiplied(nodes, exponent - unit)
         mean, stderr = _multiplied(mean, -exponent), _ldexp(stderr, -exponent)
         sigma = ldexp(sigma, exponent)
-        return Density(grid, mean, stderr, nodes, weights, sigma, probes, error <= tol, matvecs, **work)
+        return Density(
+            grid=grid,
+            density=mean,
+            stderr=stderr,
+            nodes=nodes,
+            weights=weights,
+            width=sigma,
+            probes=probes,
+            converged=error <= tol,
+            matvecs=matvecs,
+            **work,
+        )
 
     def _traces(
         self, order: int, watched: int, tol: float, method: str, seed: int, limit: int, progress: Progress | None
@@ -351,15 +341,15 @@ class Operator:
         deflation = min(DEFLATION, self.memory // size, limit // 4) if method == "deflated" else 0
         options = compiled().ProbeOptions(tol=tol, max_matvecs=limit, deflation=deflation, seed=seed, progress=progress)
         began = time.perf_counter()
-        with self._products() as operator:
+        with self.products() as operator:
             found = compiled().power_traces(operator, order, watched, options)
             exponent = operator.exponent() + math.frexp(found.unit)[1] - 1
-        work = self._work(time.perf_counter() - began)
+        work = self.work(time.perf_counter() - began)
         return found, exponent, {"probes": found.probes, "converged": found.converged, "matvecs": found.matvecs, **work}
 
-    def _work(self, seconds: float) -> dict[str, float]:
+    def work(self, seconds: float) -> dict[str, float]:
         """The fields that every result ends with."""
-        return {"gradient_evaluations": seconds / max(self._gradient_seconds(), 1e-9), "seconds": seconds}
+        return {"gradient_evaluations": seconds / max(self.gradient_seconds(), 1e-9), "seconds": seconds}
 
     def _rows(self, start: Tensor) -> Tensor:
         p = self.shape[0]
@@ -372,13 +362,53 @@ class Operator:
         require(bool(rows.isfinite().all()), "start must be finite, got nan or inf in it")
         return rows
 
-    def _products(self) -> AbstractContextManager[Any]:
+    def products(self) -> AbstractContextManager[Any]:
         """The compiled operator, for use within."""
         raise NotImplementedError
 
-    def _gradient_seconds(self) -> float:
+    def gradient_seconds(self) -> float:
         """The unit of work."""
         raise NotImplementedError
+
+
+class _Given(Operator):
+    """A matrix given by its products. Its unit of work is one of them."""
+
+    def __init__(self, matvec: Callable[[Tensor], Tensor], like: Tensor, memory: int | str | None) -> None:
+        vector = isinstance(like, Tensor) and like.dim() == 1 and like.numel() > 0
+        require(
+            vector and like.dtype in (torch.float32, torch.float64),
+            f"like must be a float32 or float64 vector (p,), got {described(like)}",
+        )
+        self.names = ["v"]
+        self.params = [nn.Parameter(torch.empty_like(like), requires_grad=False)]
+        self.memory = free_bytes(like.device) // 2 if memory is None else parse_bytes(memory)
+        self._matvec = matvec
+        self._check_symmetry()
+
+    def _check_symmetry(self) -> None:
+        like, generator = self.params[0], torch.Generator(device="cpu").manual_seed(0)
+        u, v = torch.randn(2, len(like), generator=generator, dtype=torch.float32, device="cpu").to(like)
+        began = time.perf_counter()
+        first, second = self @ u, self @ v
+        difference = float(v.dot(first) - u.dot(second))
+        scale = float(first.norm() * v.norm() + second.norm() * u.norm())
+        self._seconds = (time.perf_counter() - began) / 2
+        require(
+            not abs(difference) > 100 * torch.finfo(like.dtype).eps * scale,  # nan is told by what is asked
+            f"matvec must be symmetric, got u . A v and v . A u that differ by {difference:.1e}",
+        )
+
+    @contextmanager
+    def products(self) -> Iterator[Any]:
+        """The compiled operator, for use within."""
+        like = self.params[0].detach()
+        with torch.no_grad(), usage_errors():
+            yield compiled().Callable(self._matvec, like, like.numel())
+
+    def gradient_seconds(self) -> float:
+        """Seconds of a product."""
+        return self._seconds
 
 
 def compiled() -> ModuleType:
@@ -393,6 +423,17 @@ def compiled() -> ModuleType:
     except ImportError as error:
         reason = f"could not be loaded ({error})"
     raise ImportError(f"samlite._C {reason}; build it for this torch in a source folder of samlite: {rebuild}")
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """What the compiled module refuses is a mistake of its user."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def check_steady(operator: Any) -> None:

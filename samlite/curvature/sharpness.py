@@ -8,45 +8,16 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from samlite.curvature.operator import Eigenvalues, Estimate, Progress, check_steady, require
+from samlite.curvature.operator import Progress, require
+from samlite.curvature.products import HessianProducts
+from samlite.curvature.results import Block, Sharpness
 from samlite.errors import UsageError
 
-if TYPE_CHECKING:
-    from samlite.curvature.hessian import Hessian
 
-
-@dataclass(frozen=True)
-class Sharpness:
-    """Worst-, ascent- and average-direction sharpness at one point."""
-
-    worst: float  # lambda_max(H)
-    worst_error: float
-    ascent: float  # g^T H g / |g|^2 along the full gradient; nan where it is 0
-    ascent_samples: float  # mean of g_i^T H_i g_i / |g_i|^2 over the samples whose gradient is not 0; else nan
-    average: float  # trace(H)
-    average_stderr: float
-    notes: tuple[str, ...]  # why a value is nan
-    converged: bool
-    matvecs: int
-    gradient_evaluations: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Block:
-    """The curvature of one layer: the diagonal block of its own parameters."""
-
-    parameters: int
-    eigenvalues: Eigenvalues
-    trace: Estimate[float]
-
-
-def sharpness(hessian: Hessian, tol: float, seed: int, progress: Progress | None) -> Sharpness:
+def sharpness(hessian: HessianProducts, tol: float, seed: int, progress: Progress | None) -> Sharpness:
     """See `Hessian.sharpness`."""
     began = time.perf_counter()
     top = hessian.eigenvalues(1, tol=min(tol, 1e-3), seed=seed, progress=progress)
@@ -59,20 +30,20 @@ def sharpness(hessian: Hessian, tol: float, seed: int, progress: Progress | None
     if note:
         notes.append(note)
     return Sharpness(
-        float(top.values[0]),
-        float(top.errors[0]),
-        ascent,
-        ascent_samples,
-        trace.value,
-        trace.stderr,
-        tuple(notes),
-        top.converged and trace.converged,
-        top.matvecs + trace.matvecs + 1,
-        **hessian._work(time.perf_counter() - began),
+        worst=float(top.values[0]),
+        worst_error=float(top.errors[0]),
+        ascent=ascent,
+        ascent_samples=ascent_samples,
+        average=trace.value,
+        average_stderr=trace.stderr,
+        notes=tuple(notes),
+        converged=top.converged and trace.converged,
+        matvecs=top.matvecs + trace.matvecs + 1,
+        **hessian.work(time.perf_counter() - began),
     )
 
 
-def _ascent(hessian: Hessian) -> float:
+def _ascent(hessian: HessianProducts) -> float:
     """u^T H u of the unit vector u along the gradient, nan where that is 0."""
     gradient = hessian.gradient()
     require(bool(gradient.isfinite().all()), "the gradient must be finite, got nan or inf in it; check loss and data")
@@ -83,23 +54,22 @@ def _ascent(hessian: Hessian) -> float:
     return float(direction.dot(hessian @ direction) / direction.dot(direction))
 
 
-def _ascent_of_samples(hessian: Hessian) -> tuple[float, str]:
+def _ascent_of_samples(hessian: HessianProducts) -> tuple[float, str]:
     """The mean over samples, or nan and the reason."""
     if hessian.curvature == "ggn":
         return math.nan, "the ascent of single samples is measured with curvature='hessian' only"
     try:
-        samples = hessian._samples("sample")
+        samples = hessian.samples("sample")
     except UsageError as error:  # samples that are not told apart
         return math.nan, f"no ascent of single samples: {error}"
     if samples.fallback:
         return math.nan, f"the ascent of single samples has no rule for {samples.fallback}"
-    with hessian._losses.neutral():
-        value = float(samples.operator.ascent())
-    check_steady(samples.operator)
+    with hessian.sample_products("sample") as moments:
+        value = float(moments.ascent())
     return value, "the gradient of every sample is 0" if math.isnan(value) else ""
 
 
-def blocks(hessian: Hessian, k: int, tol: float, seed: int, progress: Progress | None) -> dict[str, Block]:
+def blocks(hessian: HessianProducts, k: int, tol: float, seed: int, progress: Progress | None) -> dict[str, Block]:
     """See `Hessian.blocks`."""
     layers: dict[str, list[torch.nn.Parameter]] = {}
     for name, param in zip(hessian.names, hessian.params, strict=True):

@@ -11,66 +11,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from samlite.curvature.moments import OfMoments, Unit
 from samlite.curvature.operator import Operator, Progress, compiled, ldexp
-
-if TYPE_CHECKING:
-    from samlite.curvature.hessian import Hessian
-
-Verdict = Literal["stable", "unstable", "undecided", "not a minimum"]
+from samlite.curvature.products import HessianProducts, OfMoments
+from samlite.curvature.results import Bound, Stability, Verdict
+from samlite.curvature.samples import Unit
 
 _NEWTON = 20  # it converges quadratically: 4 to 6 are usual
 _STEPS = 200  # of a Krylov space on the range of A: a smaller range is spanned, and its margin exact
 
 
-@dataclass(frozen=True)
-class Bound:
-    """A condition value <= limit that stability implies."""
-
-    value: float
-    limit: float
-
-    @property
-    def slack(self) -> float:
-        """What is left to the limit; negative where the condition fails."""
-        return self.limit - self.value
-
-
-@dataclass(frozen=True)
-class Stability:
-    """Whether a minimum is linearly stable at a learning rate and radius, and up to which learning rate."""
-
-    verdict: Verdict
-    value: float  # lambda_max of E[(I - lr G_i)^2]: 1 or a little more where the minimum has flat directions
-    margin: float  # lambda_max of lr B - 2 A on the range of A: negative where stable
-    error: float  # of the margin
-    max_lr: float  # 2 / lambda_max of B x = mu A x on the range of A; nan where it is not a minimum
-    max_lr_error: float
-    bounds: dict[str, Bound]  # necessary conditions by their formula; the first always, the others where M_k >= H^k
-    lr: float
-    rho: float
-    unit: str
-    fallback: str | None  # the operation for which samples were measured one at a time
-    converged: bool
-    matvecs: int  # products with A, B and their mixtures, with H and with M_k - H^k
-    gradient_evaluations: float
-    seconds: float
-
-
 class MixtureOperator(OfMoments):
     """c_0 I + c_1 M_1 + c_2 M_2 + ... of a model's present weights, of Hessians over 2^(the moments' exponent)."""
 
-    def __init__(self, hessian: Hessian, coefficients: Sequence[float], unit: Unit) -> None:
+    def __init__(self, hessian: HessianProducts, coefficients: Sequence[float], unit: Unit) -> None:
         super().__init__(hessian, unit)
         self._coefficients = list(coefficients)
 
-    def _made_of(self, moments: Any) -> Any:
+    def compose(self, moments: Any) -> Any:
         return compiled().Mixture(moments, self._coefficients)
 
 
@@ -82,10 +44,10 @@ class Analysis:
     """
 
     def __init__(
-        self, hessian: Hessian, rho: float, unit: Unit, tol: float, seed: int, progress: Progress | None
+        self, hessian: HessianProducts, rho: float, unit: Unit, tol: float, seed: int, progress: Progress | None
     ) -> None:
         self.hessian, self.unit, self.tol, self.seed, self.progress = hessian, unit, tol, seed, progress
-        self.exponent = int(hessian._samples(unit).operator.exponent())
+        self.exponent = int(hessian.samples(unit).operator.exponent())
         rho = ldexp(rho, self.exponent)
         self.rho = rho
         self.first = [0.0, 1.0, rho] if rho else [0.0, 1.0]  # A by its coefficients
@@ -160,7 +122,7 @@ class Analysis:
         start = torch.randn(p, generator=generator, dtype=torch.float32, device="cpu").to(like.device, like.dtype)
         start = self.mixed(1, 0) @ start
         steps = max(1, min(_STEPS, p, self.hessian.memory // (p * like.element_size())))
-        with self.mixed(-2, lr)._products() as operator:
+        with self.mixed(-2, lr).products() as operator:
             found = compiled().spectral_measure(operator, start, steps)
         self.matvecs += found.matvecs + 1
         rounding = 100 * torch.finfo(like.dtype).eps * scale
@@ -174,7 +136,7 @@ class Analysis:
 
 
 def stability(
-    hessian: Hessian, lr: float, rho: float, unit: Unit, tol: float, seed: int, progress: Progress | None
+    hessian: HessianProducts, lr: float, rho: float, unit: Unit, tol: float, seed: int, progress: Progress | None
 ) -> Stability:
     """See `Hessian.stability`."""
     began = time.perf_counter()
@@ -200,20 +162,20 @@ def stability(
         error, max_lr, max_lr_error = 0.0, math.inf if convex else math.nan, 0.0
     bounds = _bounds(analysis, rate)
     return Stability(
-        _verdict(convex, rate, margin, error, max_lr, max_lr_error),
-        1 + rate * max(full, margin),
-        ldexp(margin, exponent),
-        ldexp(error, exponent),
-        ldexp(max_lr, -exponent),
-        ldexp(max_lr_error, -exponent),
-        bounds,
-        lr,
-        rho,
-        unit,
-        hessian._samples(unit).fallback,
-        analysis.converged,
-        analysis.matvecs,
-        **hessian._work(time.perf_counter() - began),
+        verdict=_verdict(convex, rate, margin, error, max_lr, max_lr_error),
+        value=1 + rate * max(full, margin),
+        margin=ldexp(margin, exponent),
+        error=ldexp(error, exponent),
+        max_lr=ldexp(max_lr, -exponent),
+        max_lr_error=ldexp(max_lr_error, -exponent),
+        bounds=bounds,
+        lr=lr,
+        rho=rho,
+        unit=unit,
+        fallback=hessian.samples(unit).fallback,
+        converged=analysis.converged,
+        matvecs=analysis.matvecs,
+        **hessian.work(time.perf_counter() - began),
     )
 
 
@@ -233,7 +195,7 @@ def _bounds(analysis: Analysis, lr: float) -> dict[str, Bound]:
     hessian, unit, rho = analysis.hessian, analysis.unit, analysis.rho
 
     def largest(operator: Operator, power: int) -> float:
-        found, exponent, _ = operator._eigenpairs(tol=analysis.tol, seed=analysis.seed, progress=analysis.progress)
+        found, exponent, _ = operator.eigenpairs(tol=analysis.tol, seed=analysis.seed, progress=analysis.progress)
         analysis.count(found)
         return ldexp(float(found.values[0]), exponent - power * analysis.exponent)
 

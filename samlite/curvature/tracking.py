@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from samlite.curvature.hessian import Hessian
-from samlite.curvature.operator import Eigenvalues
+from samlite.curvature.results import Eigenvalues
 from samlite.errors import UsageError
 
 TOL = 1e-3  # relative error of each value

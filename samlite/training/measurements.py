@@ -23,7 +23,8 @@ from samlite import distributed
 from samlite.batches import is_pair
 from samlite.curvature.function import checked_data
 from samlite.curvature.hessian import Hessian
-from samlite.curvature.operator import Eigenvalues, Progress
+from samlite.curvature.operator import Progress
+from samlite.curvature.results import Eigenvalues
 from samlite.errors import UsageError
 from samlite.training.checkpoints import check_types, load_weights, locked, write_json
 from samlite.training.config import usable_device

@@ -1,10 +1,12 @@
 """Sizes of memory: as they are asked for, and of graphs."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from samlite.curvature.memory import graph_bytes, operations_behind, parse_bytes
+from samlite.curvature.memory import free_in_group, graph_bytes, operations_behind, parse_bytes
 
 
 @pytest.mark.parametrize(("text", "size"), [(7, 7), ("7", 7), ("2GB", 2**31), ("1.5 kb", 1536), ("3m", 3 * 2**20)])
@@ -50,3 +52,17 @@ def test_sparse_matrices_count_with_their_values() -> None:
 def test_operations_are_named() -> None:
     names = operations_behind(nn.Linear(2, 2)(torch.ones(1, 2)).tanh().sum())
     assert {"SumBackward0", "TanhBackward0", "torch::autograd::AccumulateGrad"} <= names
+
+
+@pytest.mark.parametrize("version", [2, 1])
+def test_a_limit_on_a_group_of_processes_is_known(tmp_path: Path, version: int) -> None:
+    names = {2: ("memory.max", "memory.current", "inactive_file")}
+    limit, used, cache = names.get(version, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
+    assert free_in_group(tmp_path) == 2**62  # no such group
+    (tmp_path / used).write_text("700\n")
+    (tmp_path / "memory.stat").write_text(f"anon 500\n{cache} 150\n")
+    (tmp_path / limit).write_text("1000\n")
+    assert free_in_group(tmp_path) == 1000 - (700 - 150)
+    if version == 2:
+        (tmp_path / limit).write_text("max\n")
+        assert free_in_group(tmp_path) == 2**62

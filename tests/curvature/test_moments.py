@@ -399,7 +399,7 @@ def test_no_step_of_a_chain_waits_for_the_device(curvature):
     model, x, y = prepared("CNN with batch norm and residuals")
     operator = Hessian(model, nn.CrossEntropyLoss(), (x, y), curvature=curvature).moment_operator(4)
     v = torch.randn(operator.shape[0])
-    with operator._products() as centred:
+    with operator.products() as centred:
         centred.apply(v)  # builds the graphs
         with Waits() as waits:
             centred.apply(v)

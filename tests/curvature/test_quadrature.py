@@ -22,11 +22,11 @@ class Known(Operator):
         self.matrix, self.names, self.memory = matrix, ["w"], 2**30
         self.params = [nn.Parameter(torch.zeros(len(matrix), dtype=matrix.dtype))]
 
-    def _products(self) -> Any:
+    def products(self) -> Any:
         like = self.matrix[0]
         return nullcontext(compiled().Callable(lambda v: self.matrix @ v, like, len(like)))
 
-    def _gradient_seconds(self) -> float:
+    def gradient_seconds(self) -> float:
         return 1.0
 
 
@@ -207,7 +207,7 @@ def test_products_that_are_not_finite_are_an_error_at_the_first(what: str, value
         return torch.full_like(v, value)
 
     operator = Known(torch.eye(P, dtype=torch.float64))
-    operator._products = lambda: nullcontext(compiled().Callable(product, operator.matrix[0], P))  # type: ignore
+    operator.products = lambda: nullcontext(compiled().Callable(product, operator.matrix[0], P))  # type: ignore
     with pytest.raises(ValueError, match="the product H v must be finite"):
         getattr(operator, what)()
     assert products == 1

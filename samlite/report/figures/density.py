@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from samlite.report.figures.canvas import new_figure, save
 
 if TYPE_CHECKING:
-    from samlite.curvature.operator import Density
+    from samlite.curvature.results import Density
 
 
 def density(found: "Density", path: Path, title: str = "") -> None:

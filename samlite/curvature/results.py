@@ -1,0 +1,132 @@
+"""Every result of a measurement. Each ends with the work that it took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from torch import Tensor
+
+Value = TypeVar("Value", float, Tensor)
+Verdict = Literal["stable", "unstable", "undecided", "not a minimum"]
+
+
+@dataclass(frozen=True)
+class Eigenvalues:
+    """The k eigenvalues asked for, best first, each with a bound on its distance to a true one."""
+
+    values: Tensor  # (k,) float64, on the host
+    errors: Tensor  # (k,) |value - eigenvalue| is at most this
+    residuals: Tensor  # (k,) |H x - value x| of the unit vector x behind each value
+    vectors: Tensor | None  # (p, k) on the parameters' device, if asked for
+    converged: bool  # every error is at most tol * |value|
+    complete: bool | None  # True: checked that none was missed; False: the check did not finish; None: not checked
+    matvecs: int  # products H v
+    gradient_evaluations: float  # the work in full gradients, a product counted as what it measures at
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate(Generic[Value]):
+    """A trace from random probes. value ± 1.96 stderr is its 95 % interval, also where probes are few."""
+
+    value: Value  # a number, or (order,) float64
+    stderr: Value
+    probes: int
+    converged: bool  # the standard error is at most tol * |value|
+    matvecs: int
+    gradient_evaluations: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Density:
+    """The spectral density, smoothed by a Gaussian, with the nodes and weights behind it."""
+
+    grid: Tensor  # (points,) eigenvalues
+    density: Tensor  # (points,) per unit of eigenvalue; its integral is 1
+    stderr: Tensor  # (points,) density ± 1.96 stderr covers the smoothed density in 95 % of cases at each point
+    nodes: Tensor  # (probes, steps): sum of weights * f(nodes) in a row estimates tr(f(H)) / p
+    weights: Tensor  # (probes, steps), 0 where a Krylov space ended early
+    width: float  # standard deviation of the Gaussian
+    probes: int
+    converged: bool  # the mean standard error is at most tol times the mean density
+    matvecs: int
+    gradient_evaluations: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sharpness a = lambda_max(H) and the non-uniformity s_k of the per-sample Hessians, k = 2 .. order."""
+
+    sharpness: float
+    nonuniformity: dict[int, float]  # k: s_k, 0 where the power is negative or not told from 0
+    powers: dict[int, float]  # k: lambda_max(M_k - H^k), with its sign
+    errors: dict[int, float]  # k: bound on the error of that eigenvalue; 1: of the sharpness
+    unit: str  # of what the Hessians are: "sample" or "batch"
+    fallback: str | None  # the operation for which samples were measured one at a time
+    converged: bool
+    matvecs: int  # products with H and with M_k - H^k
+    gradient_evaluations: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A condition value <= limit that stability implies."""
+
+    value: float
+    limit: float
+
+    @property
+    def slack(self) -> float:
+        """What is left to the limit; negative where the condition fails."""
+        return self.limit - self.value
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Whether a minimum is linearly stable at a learning rate and radius, and up to which learning rate."""
+
+    verdict: Verdict
+    value: float  # lambda_max of E[(I - lr G_i)^2]: 1 or a little more where the minimum has flat directions
+    margin: float  # lambda_max of lr B - 2 A on the range of A: negative where stable
+    error: float  # of the margin
+    max_lr: float  # 2 / lambda_max of B x = mu A x on the range of A; nan where it is not a minimum
+    max_lr_error: float
+    bounds: dict[str, Bound]  # necessary conditions by their formula; the first always, the others where M_k >= H^k
+    lr: float
+    rho: float
+    unit: str
+    fallback: str | None  # the operation for which samples were measured one at a time
+    converged: bool
+    matvecs: int  # products with A, B and their mixtures, with H and with M_k - H^k
+    gradient_evaluations: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """Worst-, ascent- and average-direction sharpness at one point."""
+
+    worst: float  # lambda_max(H)
+    worst_error: float
+    ascent: float  # g^T H g / |g|^2 along the full gradient; nan where it is 0
+    ascent_samples: float  # mean of g_i^T H_i g_i / |g_i|^2 over the samples whose gradient is not 0; else nan
+    average: float  # trace(H)
+    average_stderr: float
+    notes: tuple[str, ...]  # why a value is nan
+    converged: bool
+    matvecs: int
+    gradient_evaluations: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Block:
+    """The curvature of one layer: the diagonal block of its own parameters."""
+
+    parameters: int
+    eigenvalues: Eigenvalues
+    trace: Estimate[float]
