@@ -404,7 +404,16 @@ class _Given(Operator):
         """The compiled operator, for use within."""
         like = self.params[0].detach()
         with torch.no_grad(), usage_errors():
-            yield compiled().Callable(self._matvec, like, like.numel())
+            yield compiled().Callable(self._product, like, like.numel())
+
+    def _product(self, v: Tensor) -> Tensor:
+        product = self._matvec(v)
+        fits = isinstance(product, Tensor) and product.shape == v.shape
+        require(
+            fits and (product.dtype, product.device) == (v.dtype, v.device),
+            f"matvec must return a vector like {described(v)}, got {described(product)}",
+        )
+        return product
 
     def gradient_seconds(self) -> float:
         """Seconds of a product."""

@@ -47,8 +47,8 @@ def test_its_trace_norm_and_density_are_those_of_the_matrix() -> None:
 
 BAD: dict[str, tuple[Callable[[Tensor], Any], Any, str]] = {
     "not symmetric": (lambda v: torch.ones(P, P).double().triu() @ v, torch.empty(P).double(), "must be symmetric"),
-    "another shape": (lambda v: v[:3], torch.empty(P), "the product must be like its vector"),
-    "another type": (lambda v: v.double(), torch.empty(P), "the product must be like its vector"),
+    "another shape": (lambda v: v[:3], torch.empty(P), "matvec must return a vector like"),
+    "another type": (lambda v: v.double(), torch.empty(P), "matvec must return a vector like"),
     "like is a matrix": (lambda v: v, torch.empty(3, 3), "like must be a float32 or float64 vector"),
     "like is whole": (lambda v: v, torch.arange(3), "like must be a float32 or float64 vector"),
 }
