@@ -15,14 +15,22 @@ Verdict = Literal["stable", "unstable", "undecided", "not a minimum"]
 class Eigenvalues:
     """The k eigenvalues asked for, best first, each with a bound on its distance to a true one."""
 
-    values: Tensor  # (k,) float64, on the host
-    errors: Tensor  # (k,) |value - eigenvalue| is at most this
-    residuals: Tensor  # (k,) |H x - value x| of the unit vector x behind each value
-    vectors: Tensor | None  # (p, k) on the parameters' device, if asked for
-    converged: bool  # every error is at most tol * |value|
-    complete: bool | None  # True: checked that none was missed; False: the check did not finish; None: not checked
-    matvecs: int  # products H v
-    gradient_evaluations: float  # the work in full gradients, a product counted as what it measures at
+    values: Tensor
+    """The eigenvalues (k,), float64 on the host."""
+    errors: Tensor
+    """The error bounds (k,): |value - eigenvalue| is at most this."""
+    residuals: Tensor
+    """The residuals (k,): |H x - value x| of the unit vector x behind each value."""
+    vectors: Tensor | None
+    """The eigenvectors (p, k) on the parameters' device; None unless asked for."""
+    converged: bool
+    """Whether every error is at most tol * |value|."""
+    complete: bool | None
+    """True: checked that none was missed; False: the check did not finish; None: not checked."""
+    matvecs: int
+    """The number of products H v."""
+    gradient_evaluations: float
+    """The work, in full gradients of the same time."""
     seconds: float
 
 
@@ -30,10 +38,12 @@ class Eigenvalues:
 class Estimate(Generic[Value]):
     """A trace from random probes. value ± 1.96 stderr is its 95 % interval, also where probes are few."""
 
-    value: Value  # a number, or (order,) float64
+    value: Value
+    """The estimate: a number, or (order,) float64."""
     stderr: Value
     probes: int
-    converged: bool  # the standard error is at most tol * |value|
+    converged: bool
+    """Whether the standard error is at most tol * |value|."""
     matvecs: int
     gradient_evaluations: float
     seconds: float
@@ -43,14 +53,21 @@ class Estimate(Generic[Value]):
 class Density:
     """The spectral density, smoothed by a Gaussian, with the nodes and weights behind it."""
 
-    grid: Tensor  # (points,) eigenvalues
-    density: Tensor  # (points,) per unit of eigenvalue; its integral is 1
-    stderr: Tensor  # (points,) density ± 1.96 stderr covers the smoothed density in 95 % of cases at each point
-    nodes: Tensor  # (probes, steps): sum of weights * f(nodes) in a row estimates tr(f(H)) / p
-    weights: Tensor  # (probes, steps), 0 where a Krylov space ended early
-    width: float  # standard deviation of the Gaussian
+    grid: Tensor
+    """Eigenvalues (points,)."""
+    density: Tensor
+    """The density there (points,), per unit of eigenvalue; its integral is 1."""
+    stderr: Tensor
+    """Its standard error (points,): density ± 1.96 stderr covers the smoothed density in 95 % of cases."""
+    nodes: Tensor
+    """Quadrature nodes (probes, steps): the sum of weights * f(nodes) in a row estimates tr(f(H)) / p."""
+    weights: Tensor
+    """Quadrature weights (probes, steps), 0 where a Krylov space ended early."""
+    width: float
+    """The standard deviation of the Gaussian."""
     probes: int
-    converged: bool  # the mean standard error is at most tol times the mean density
+    converged: bool
+    """Whether the mean standard error is at most tol times the mean density."""
     matvecs: int
     gradient_evaluations: float
     seconds: float
@@ -61,13 +78,19 @@ class Moments:
     """Sharpness a = lambda_max(H) and the non-uniformity s_k of the per-sample Hessians, k = 2 .. order."""
 
     sharpness: float
-    nonuniformity: dict[int, float]  # k: s_k, 0 where the power is negative or not told from 0
-    powers: dict[int, float]  # k: lambda_max(M_k - H^k), with its sign
-    errors: dict[int, float]  # k: bound on the error of that eigenvalue; 1: of the sharpness
-    unit: str  # of what the Hessians are: "sample" or "batch"
-    fallback: str | None  # the operation for which samples were measured one at a time
+    nonuniformity: dict[int, float]
+    """s_k by k; 0 where the power is negative or its error exceeds it."""
+    powers: dict[int, float]
+    """lambda_max(M_k - H^k) by k, with its sign."""
+    errors: dict[int, float]
+    """The error bound of that eigenvalue by k; under 1 that of the sharpness."""
+    unit: str
+    """What each Hessian belongs to: a "sample" or a "batch"."""
+    fallback: str | None
+    """The operation without a per-sample rule, for which samples were measured one at a time; else None."""
     converged: bool
-    matvecs: int  # products with H and with M_k - H^k
+    matvecs: int
+    """The number of products with H and with M_k - H^k."""
     gradient_evaluations: float
     seconds: float
 
@@ -90,18 +113,25 @@ class Stability:
     """Whether a minimum is linearly stable at a learning rate and radius, and up to which learning rate."""
 
     verdict: Verdict
-    value: float  # lambda_max of E[(I - lr G_i)^2]: 1 or a little more where the minimum has flat directions
-    margin: float  # lambda_max of lr B - 2 A on the range of A: negative where stable
-    error: float  # of the margin
-    max_lr: float  # 2 / lambda_max of B x = mu A x on the range of A; nan where it is not a minimum
+    value: float
+    """lambda_max of E[(I - lr G_i)^2]: 1 or a little more where the minimum has flat directions."""
+    margin: float
+    """lambda_max of lr B - 2 A on the range of A: negative where stable."""
+    error: float
+    """The error bound of the margin."""
+    max_lr: float
+    """2 / lambda_max of B x = mu A x on the range of A; nan where it is not a minimum."""
     max_lr_error: float
-    bounds: dict[str, Bound]  # necessary conditions by their formula; the first always, the others where M_k >= H^k
+    bounds: dict[str, Bound]
+    """Necessary conditions by their formula: the first always, the others where M_k >= H^k."""
     lr: float
     rho: float
     unit: str
-    fallback: str | None  # the operation for which samples were measured one at a time
+    fallback: str | None
+    """The operation without a per-sample rule, for which samples were measured one at a time; else None."""
     converged: bool
-    matvecs: int  # products with A, B and their mixtures, with H and with M_k - H^k
+    matvecs: int
+    """The number of products with A, B and their mixtures, with H and with M_k - H^k."""
     gradient_evaluations: float
     seconds: float
 
@@ -110,13 +140,18 @@ class Stability:
 class Sharpness:
     """Worst-, ascent- and average-direction sharpness at one point."""
 
-    worst: float  # lambda_max(H)
+    worst: float
+    """lambda_max(H)."""
     worst_error: float
-    ascent: float  # g^T H g / |g|^2 along the full gradient; nan where it is 0
-    ascent_samples: float  # mean of g_i^T H_i g_i / |g_i|^2 over the samples whose gradient is not 0; else nan
-    average: float  # trace(H)
+    ascent: float
+    """g^T H g / |g|^2 along the full gradient; nan where it is 0."""
+    ascent_samples: float
+    """The mean of g_i^T H_i g_i / |g_i|^2 over the samples whose gradient is not 0; else nan."""
+    average: float
+    """The trace of H."""
     average_stderr: float
-    notes: tuple[str, ...]  # why a value is nan
+    notes: tuple[str, ...]
+    """The reasons for values that are nan."""
     converged: bool
     matvecs: int
     gradient_evaluations: float
