@@ -25,7 +25,7 @@ from samlite.cli.options import (
 
 if TYPE_CHECKING:
     from samlite.training.config import Config
-    from samlite.training.loop import EpochRecord
+    from samlite.training.session import EpochRecord
 
 SHOWN = (  # of a result
     *("metric", "final.test_metric", "final.train_loss", "final.train_metric", "best.test_metric", "best.epoch"),
@@ -120,7 +120,7 @@ def _train(settings: "Config", folder: Path, resume: bool, bar: Progress) -> Non
 
 def _sharpness(record: "EpochRecord") -> str:
     """The largest eigenvalue where it is tracked, beside the threshold of gradient descent."""
-    from samlite.training.loop import TrackedRecord
+    from samlite.training.session import TrackedRecord
 
     if not isinstance(record, TrackedRecord):
         return ""

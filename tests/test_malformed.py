@@ -23,7 +23,8 @@ from torch import nn
 
 from samlite.cli import main
 from samlite.sweep import engines
-from samlite.training import loop as training
+from samlite.training import session as training
+from samlite.training import train
 from samlite.training.checkpoints import write_json
 from samlite.training.config import Config
 
@@ -503,7 +504,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("template")
 
     def trained(name: str, **choices: Any) -> None:
-        for _ in training.train(Config.of("digits", RECIPE, width=2, device="cpu", **choices), folder / name):
+        for _ in train(Config.of("digits", RECIPE, width=2, device="cpu", **choices), folder / name):
             if name == "part":
                 break
 

@@ -16,6 +16,7 @@ from samlite.training.config import Config, task_of, usable_device
 from samlite.training.documents import CONFIG, RESULT, read_config
 from samlite.training.sparsity import masks_in
 
+CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.safetensors"
 LABELS = "labels.safetensors"  # of a run with label noise
 
 
@@ -43,7 +44,7 @@ def load_run(folder: Path | str, device: str | None = None) -> Run:
 
 def final_network(task: Task, config: Config, data: Splits, folder: Path) -> nn.Module:
     """The trained network in evaluation mode, beside its data."""
-    path = folder / "model.safetensors"
+    path = folder / WEIGHTS
     masks: Mapping[str, Tensor] = masks_in(load_weights(path)) if config.sparsity else {}
     try:
         model = network.initial(task, config, data, masks)

@@ -17,8 +17,9 @@ from samlite.tasks import games, get
 from samlite.tasks.games import Game
 from samlite.tasks.ppo import ClippedObjective, advantages
 from samlite.training.checkpoints import read_json
-from samlite.training.config import task_of
-from samlite.training.loop import Config, load_run, train
+from samlite.training.config import Config, task_of
+from samlite.training.loop import train
+from samlite.training.runs import load_run
 
 # The objective
 
@@ -239,7 +240,7 @@ def cartpole() -> None:
 @pytest.mark.usefixtures("cartpole")
 @pytest.mark.parametrize("optimizer", ["adam", "sam"])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, optimizer: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr("samlite.training.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("samlite.training.session.SAVE_EVERY", 0.0)
     config = small(optimizer)
     list(train(config, tmp_path / "whole"))
     stopped = train(config, tmp_path / "resumed")

@@ -20,7 +20,8 @@ from samlite.tasks import get
 from samlite.tasks.metrics import Ranking
 from samlite.tasks.molpcba import MaskedBinaryCrossEntropy
 from samlite.training.config import Config
-from samlite.training.loop import load_run, train
+from samlite.training.loop import train
+from samlite.training.runs import load_run
 
 pytest.importorskip("rdkit")
 

@@ -14,9 +14,10 @@ from samlite.tasks import get, sst2
 from samlite.tasks.metrics import Accuracy
 from samlite.tasks.pos import KINDS, TAGS, TokenLoss, encode, features, hide_words, vocabulary
 from samlite.tasks.sst2 import by_sentence
-from samlite.training import loop as training
+from samlite.training import session as training
 from samlite.training.config import Config
-from samlite.training.loop import load_run, train
+from samlite.training.loop import train
+from samlite.training.runs import load_run
 
 # Sequences
 

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from samlite import Hessian, tasks
 from samlite.curvature.tracking import Tracker
 from samlite.tasks import TensorData
-from samlite.training import checkpoints
-from samlite.training import loop as training
+from samlite.training import checkpoints, loop
+from samlite.training import session as training
 from samlite.training.checkpoints import load_weights
 from samlite.training.config import Config
-from samlite.training.loop import TrackedRecord, TrainingError, learning_rate, load_run, train
+from samlite.training.loop import learning_rate, train
+from samlite.training.runs import load_run
+from samlite.training.session import TrackedRecord, TrainingError
 
 pytest.importorskip("sklearn")
 
@@ -329,7 +331,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(
     run = train(digits(optimizer=optimizer), tmp_path)
     next(run)
     before = contents(tmp_path)
-    monkeypatch.setattr(training, "learning_rate", lambda config, epoch: 1e30)
+    monkeypatch.setattr(loop, "learning_rate", lambda config, epoch: 1e30)
     with pytest.raises(TrainingError, match="the loss is no longer finite in epoch 2 at lr 1e.30; try a smaller lr"):
         next(run)
     assert contents(tmp_path) == before
