@@ -14,7 +14,7 @@ from samlite.cli.sharpness import sharpness
 from samlite.cli.sweep import sweep
 from samlite.cli.tasks import tasks
 from samlite.cli.train import train
-from samlite.errors import UsageError
+from samlite.errors import UsageError, in_one_line
 
 LINE = 1_000  # characters of an error at most
 
@@ -61,22 +61,11 @@ def run(arguments: Sequence[str] | None) -> None:
     except click.UsageError as error:
         help_command = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
         _fail(error.format_message() + help_command, 2)
-    except (click.ClickException, UsageError) as error:
+    except click.ClickException as error:
         _fail(error, 2)
-    except OSError as error:
-        place = f": {error.filename}" if error.filename else ""
-        _fail(f"{error.strerror}{place}" if error.strerror else error, 1)
-    except RecursionError as error:
-        _fail(_internal(error), 1)
-    except (ImportError, MemoryError, RuntimeError) as error:
-        _fail(error, 1)
     except Exception as error:
-        _fail(_internal(error), 1)
+        _fail(in_one_line(error), 2 if isinstance(error, UsageError) else 1)
     sys.exit(status or 0)
-
-
-def _internal(error: Exception) -> str:
-    return f"internal error: {type(error).__name__}: {error}; SAMLITE_DEBUG=1 shows where"
 
 
 def _fail(problem: object, status: int) -> None:

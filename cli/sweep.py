@@ -11,6 +11,7 @@ from samlite.cli import options
 from samlite.cli.console import progress, shortened
 from samlite.cli.options import json_option, read_recipe, recipe_options, task_argument
 from samlite.cli.report import present
+from samlite.cli.train import draw
 from samlite.errors import UsageError
 from samlite.training.options import OPTIMIZERS, OPTIONS
 
@@ -178,6 +179,8 @@ def _run(folder: Path, cells: "list[Config]", measure: tuple[str, ...], jobs: in
                 running.append(event.cell.name)
             elif event.state != "done":
                 running.remove(event.cell.name)
+            if event.state == "finished" and event.cell.track:
+                draw(event.cell, folder / event.cell.name)
             if event.state == "failed":
                 failures += 1
                 bar.console.print(f"{event.cell.name} failed: {event.reason}", soft_wrap=True)

@@ -1,9 +1,6 @@
 """`samlite train`."""
 
-import os
-import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +47,6 @@ SHOWN = (  # of a result
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; default runs/TASK-OPTIMIZER-wN-sN.")
 @click.option("--resume/--no-resume", default=True, help="Continue what is in the folder, or insist on an empty one.")
 @json_option
-@click.option("--stop-with-stdin", is_flag=True, hidden=True)
-@click.option("--cell", hidden=True, help="A whole config as JSON, from a sweep.")
 def train(
     task: str,
     config: Path | None,
@@ -59,8 +54,6 @@ def train(
     out: Path | None,
     resume: bool,
     as_json: bool,
-    stop_with_stdin: bool,
-    cell: str | None,
     **choices: Any,
 ) -> None:
     """Train one network on TASK (default: digits) by the task's recipe and your overrides.
@@ -78,13 +71,9 @@ def train(
     model.safetensors and result.json. With --track each line of metrics.jsonl has the eigenvalues of the
     training loss's Hessian after that epoch, and track.png shows them beside 2/lr.
     """
-    if stop_with_stdin:
-        threading.Thread(target=_stop_with_stdin, daemon=True).start()
-    from samlite.training.checkpoints import parse_json
     from samlite.training.config import Config
 
-    recipe = read_recipe(config)
-    settings = Config.from_json(parse_json(cell), "--cell") if cell else Config.of(task, recipe, **choices)
+    settings = Config.of(task, read_recipe(config), **choices)
     folder = out or Path("runs") / f"{task}-{settings.name}"
     from samlite import distributed
 
@@ -94,7 +83,7 @@ def train(
         if distributed.rank() > 0:  # the first process speaks for all
             return
         if settings.track:
-            _draw(settings, folder)
+            draw(settings, folder)
         converged = _measure(settings, folder, measure, bar)
     found = _found(folder)
     if as_json:
@@ -129,7 +118,7 @@ def _sharpness(record: "EpochRecord") -> str:
     return f", λ {value} (2/lr {2 / record.lr:.3g})"
 
 
-def _draw(settings: "Config", folder: Path) -> None:
+def draw(settings: "Config", folder: Path) -> None:
     """The figure of a finished run with tracked eigenvalues, unless it is there; without matplotlib, how to get it."""
     from samlite.report import figures
     from samlite.training.documents import read_records
@@ -207,11 +196,3 @@ def _sharpness_rows(sharpness: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _status(found: dict[str, Any]) -> str:
     return "" if found["converged"] else ", not converged"
-
-
-def _stop_with_stdin() -> None:
-    """End at once when standard input closes: a sweep holds it open for as long as it lives."""
-    with suppress(OSError):  # it was never open
-        while os.read(0, 1024):
-            pass
-    os._exit(1)

@@ -1,6 +1,6 @@
 """Where the cells of a sweep run: in processes of this machine, or as jobs of a cluster through submitit.
 
-An engine starts a cell, `samlite train` in a subfolder of the sweep, and gives a handle to what is running.
+An engine starts a cell in a subfolder of the sweep, and gives a handle to what is running.
 """
 
 import json
@@ -13,16 +13,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from samlite.errors import UsageError
 from samlite.training.checkpoints import read_json, write_json
 from samlite.training.config import Config
 from samlite.training.documents import TEXT, check
 
+COMMAND = [sys.executable, "-m", "samlite.sweep.cell"]  # runs cells
 REQUEUES = 1000  # of a job whose time is up; each goes on where the last one stopped
 FORGOTTEN = 600.0  # seconds after which a job that slurm does not know has ended; a new one is not listed at once
 PATIENCE = 2.0  # seconds that a process has to end before it is killed
@@ -44,9 +46,16 @@ class Running(Protocol):
 class Engine(Protocol):
     def start(self, folder: Path, cell: Config, measure: Collection[str]) -> Running: ...
 
+    def close(self) -> None:
+        """No more cells will come."""
+        ...
+
 
 class Local:
-    """A process of this machine for each cell, which ends when the sweep does.
+    """Processes of this machine, which end when the sweep does.
+
+    A process runs one cell after the other, as it takes longer to start than many a cell. One that crashes takes the
+    cell with it that it runs, and the next cell gets a new one.
 
     Args:
         gpus: as CUDA_VISIBLE_DEVICES names them; a cell on device cuda runs on the one with the fewest others.
@@ -54,28 +63,25 @@ class Local:
 
     def __init__(self, gpus: Sequence[str] = ()) -> None:
         self.gpus = gpus
-        self._running: list[_Process] = []  # on GPUs
+        self._workers: list[_Worker] = []
 
     def start(self, folder: Path, cell: Config, measure: Collection[str]) -> Running:
+        self._workers = [worker for worker in self._workers if worker.alive()]
         gpu = self._free() if self.gpus and cell.device == "cuda" else None
-        errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed at the end of the process)
-        with _deaf_to_ctrl_c():
-            child = subprocess.Popen(
-                [*_command(cell, measure), "--stop-with-stdin"],
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else None,
-                cwd=folder,  # also keeps a source tree in the current folder off the path
-                stdin=subprocess.PIPE,  # closes with this process, however it ends, and takes the cell with it
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-            )
-        process = _Process(child, errors, gpu)
-        if gpu is not None:
-            self._running.append(process)
-        return process
+        idle = [worker for worker in self._workers if worker.idle and (worker.gpu, worker.folder) == (gpu, folder)]
+        worker = idle[0] if idle else _Worker(folder, gpu)
+        if not idle:
+            self._workers.append(worker)
+        return worker.run(cell, measure)
 
     def _free(self) -> str:
-        self._running = [process for process in self._running if not process.ended()]
-        return min(self.gpus, key=[process.gpu for process in self._running].count)
+        return min(self.gpus, key=[worker.gpu for worker in self._workers if not worker.idle].count)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            if worker.idle:
+                worker.close()
+        self._workers = []
 
 
 class Cluster:
@@ -115,6 +121,9 @@ class Cluster:
         write_json(note, {"job": job.job_id, "measure": list(measure)})
         return _Job(job, note)
 
+    def close(self) -> None:
+        """Jobs go on."""
+
     def _earlier(self, note: Path, measure: Collection[str]) -> Any:
         """The job that an earlier sweep submitted for the same, unless it has ended or slurm has long forgotten it."""
         if not note.exists():
@@ -137,20 +146,54 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@dataclass(frozen=True)
-class _Process:
-    child: subprocess.Popen[bytes]
-    errors: IO[bytes]
-    gpu: str | None
+class _Worker:
+    """A process that runs cells of a sweep in its folder, one after the other."""
 
-    def ended(self) -> bool:
-        return self.child.poll() is not None
+    def __init__(self, folder: Path, gpu: str | None = None) -> None:
+        self.folder, self.gpu, self.idle = folder, gpu, True
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed at the end of the process)
+        with _deaf_to_ctrl_c():
+            self.child = subprocess.Popen(
+                COMMAND,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else None,
+                cwd=folder,  # also keeps a source tree in the current folder off the path
+                stdin=subprocess.PIPE,  # closes with this process, however it ends, and takes the cell with it
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+            )
 
-    def failure(self) -> str:
-        with self.child, self.errors:
-            self.child.wait()
-            self.errors.seek(0)
-            return _reason(self.child.returncode, self.errors.read())
+    def alive(self) -> bool:
+        return self.child.poll() is None
+
+    def run(self, cell: Config, measure: Collection[str]) -> Running:
+        """Start a cell; there must be none running."""
+        self.idle = False
+        answer = Future[str]()
+        request = json.dumps({"cell": cell.to_json(), "measure": list(measure)})
+        threading.Thread(target=self._exchange, args=[request, answer], daemon=True).start()
+        return _Run(self, answer)
+
+    def _exchange(self, request: str, answer: "Future[str]") -> None:
+        assert self.child.stdin is not None and self.child.stdout is not None
+        try:
+            self.child.stdin.write(request.encode() + b"\n")
+            self.child.stdin.flush()
+            line = self.child.stdout.readline()
+        except (OSError, ValueError):  # it has ended, or this process closes it
+            line = b""
+        if line:
+            self.idle = True
+            answer.set_result(json.loads(line)["failure"])
+        else:
+            answer.set_result(self._end())
+
+    def _end(self) -> str:
+        """Wait for the end of the process, and say why it came."""
+        code = self.child.wait()
+        self._errors.seek(0)
+        reason = _reason(code, self._errors.read())
+        self.close()
+        return reason or "ended by itself; repeat the command to continue"
 
     def stop(self) -> None:
         """Ask the process to end, and end it if it has not done so in time."""
@@ -158,6 +201,29 @@ class _Process:
         killer = threading.Timer(PATIENCE, self.child.kill)
         killer.daemon = True
         killer.start()
+
+    def close(self) -> None:
+        """End an idle process; one that has ended is forgotten."""
+        with suppress(OSError), self.child:  # closes its input
+            pass
+        self._errors.close()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A cell that a worker runs."""
+
+    worker: _Worker
+    answer: "Future[str]"
+
+    def ended(self) -> bool:
+        return self.answer.done()
+
+    def failure(self) -> str:
+        return self.answer.result()
+
+    def stop(self) -> None:
+        self.worker.stop()
 
 
 @dataclass(frozen=True)
@@ -189,23 +255,16 @@ class _Cell:
     measure: tuple[str, ...]
 
     def __call__(self) -> str:
-        done = subprocess.run(
-            _command(self.cell, self.measure), cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        return _reason(done.returncode, done.stderr)
+        worker = _Worker(self.folder)
+        failure = worker.run(self.cell, self.measure).failure()
+        worker.close()
+        return failure
 
     def checkpoint(self) -> Any:
         """Called by submitit before the job is requeued; the run resumes from its own files."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
-
-
-def _command(cell: Config, measure: Collection[str]) -> list[str]:
-    """`samlite train` of a cell, in the folder of its sweep."""
-    command = [sys.executable, "-m", "samlite.cli", "train", cell.task, "--cell", json.dumps(cell.to_json())]
-    command += ["--out", cell.name, "--json"]
-    return [*command, "--measure", ",".join(measure)] if measure else command
 
 
 def _reason(code: int, errors: bytes) -> str:

@@ -1,8 +1,7 @@
-"""A sweep: each cell of a grid in a process of its own.
+"""A sweep: the cells of a grid, several at a time.
 
-A cell is `samlite train` in a subfolder, so it resumes where it was stopped, and one that crashes
-takes nothing else with it. Each computes with the threads of its config, however many cells run at
-once, so that results do not depend on that.
+A cell is a run in a subfolder, so it resumes where it was stopped, and one that crashes takes nothing else with it.
+Each computes with the threads of its config, however many cells run at once, so that results do not depend on that.
 """
 
 import time
@@ -96,6 +95,7 @@ def run(
         for _, process, claim in running:
             process.failure()
             claim.close()
+        engine.close()
 
 
 def finished(folder: Path, cell: Config, measure: Collection[str] = ()) -> bool:

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from samlite.sweep.run import CLAIMS, Event, finished
 from samlite.training import checkpoints
 from samlite.training.checkpoints import write_json
 from samlite.training.config import Config
+from samlite.training.loop import train
 from samlite.training.measurements import measured, nonuniformity
 
 pytest.importorskip("sklearn")
@@ -35,7 +35,7 @@ def names(events: list[Event], state: str) -> set[str]:
 
 def children() -> list[int]:
     """The cells that this process runs."""
-    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "samlite.cli train"], capture_output=True)
+    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "samlite.sweep.cell"], capture_output=True)
     return list(map(int, found.stdout.split()))
 
 
@@ -206,13 +206,13 @@ def test_cells_on_gpus_are_spread_over_them(tmp_path: Path) -> None:
         process.failure()
 
     running = [started(cell) for cell in cells]
-    assert [process.gpu for process in running] == ["3", "5", "3"]
-    environment = Path(f"/proc/{running[1].child.pid}/environ")
+    assert [process.worker.gpu for process in running] == ["3", "5", "3"]
+    environment = Path(f"/proc/{running[1].worker.child.pid}/environ")
     if environment.exists():
         assert b"CUDA_VISIBLE_DEVICES=5" in environment.read_bytes().split(b"\0")
     ended(running.pop())
     running.append(started(cells[2]))
-    assert running[-1].gpu == "3"  # which that one left
+    assert running[-1].worker.gpu == "3"  # which that one left
     for each in running:
         ended(each)
 
@@ -336,15 +336,33 @@ def test_a_claim_that_is_no_file_ends_the_sweep_in_one_line(tmp_path: Path, kind
 
 
 def test_a_cell_that_does_not_end_when_asked_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('deaf', 'w'); time.sleep(600)"
     monkeypatch.setattr(engines, "PATIENCE", 0.1)
-    with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        child.stdout.readline()
-        with tempfile.TemporaryFile() as errors:
-            process = engines._Process(child, errors, None)
-            process.stop()
-            assert process.failure() == "ended by SIGKILL; repeat the command to continue"
+    monkeypatch.setattr(engines, "COMMAND", [sys.executable, "-c", stubborn])
+    (cell,) = grid("digits", [8], ["sgd"], seeds=1, **QUICK)
+    process = engines.Local().start(tmp_path, cell, ())
+    while not (tmp_path / "deaf").exists():
+        time.sleep(0.01)
+    process.stop()
+    assert process.failure() == "ended by SIGKILL; repeat the command to continue"
+
+
+def test_a_process_runs_one_cell_after_the_other_and_a_crash_takes_one_of_them(tmp_path: Path) -> None:
+    cells = grid("synthetic", [8], ["sgd", "adam", "sam"], seeds=2, **QUICK)
+    write_json(tmp_path / "sweep.json", {"cells": []})
+    seen, events = [], []
+    for event in sweep.run(tmp_path, cells, jobs=1):
+        events.append(event)
+        seen += children()
+        if event == Event(cells[2], "started"):
+            os.kill(children()[0], signal.SIGKILL)
+    assert len(set(seen)) == 2  # one before the crash, one after it
+    assert [event.cell for event in events if event.state == "failed"] == [cells[2]]
+    assert names(events, "finished") == {cell.name for cell in cells if cell != cells[2]}
+    for cell in cells[3:5]:
+        list(train(cell, tmp_path / "alone" / cell.name))
+        alone = contents(tmp_path / "alone" / cell.name)
+        assert alone == contents(tmp_path / cell.name)
 
 
 def test_why_a_cell_failed_is_its_last_line_or_all_of_them_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,63 @@
+"""A process that runs cells of a sweep, one after the other: ``python -m samlite.sweep.cell``.
+
+It is started in the folder of the sweep. Each line of its standard input is a cell to run, ``{"cell": a config,
+"measure": [names]}``, and each line that it writes is ``{"failure": why}``, empty where there is none. When its input
+closes, it ends at once: whoever started it has ended, or needs no more cells.
+"""
+
+import json
+import os
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from samlite.errors import in_one_line
+from samlite.training.config import Config
+from samlite.training.loop import train
+from samlite.training.measurements import measure_run, measured
+
+
+def run_cell(cell: Config, folder: Path, measure: Collection[str]) -> None:
+    """Train and measure a cell in this folder, as far as that is not done."""
+    for _ in train(cell, folder):
+        pass
+    if measured(folder, measure):
+        return
+    torch.set_num_threads(cell.threads)
+    measure_run(folder, "moments" in measure)
+    if not measured(folder, measure):
+        more = " --moments" if "moments" in measure else ""
+        raise RuntimeError(f"the measurement did not converge; try: samlite sharpness {folder}{more} --tol 1e-2")
+
+
+def main() -> None:
+    """Run the cells that come in, until no more can."""
+    requests: queue.Queue[str] = queue.Queue()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whatever libraries print is no answer
+    threading.Thread(target=_listen, args=[requests], daemon=True).start()
+    while True:
+        request = json.loads(requests.get())
+        failure = ""
+        try:
+            cell = Config.from_json(request["cell"], "a cell")
+            run_cell(cell, Path(cell.name), request["measure"])
+        except Exception as error:
+            failure = traceback.format_exc() if os.environ.get("SAMLITE_DEBUG") == "1" else in_one_line(error)
+        answers.write(json.dumps({"failure": failure}) + "\n")
+        answers.flush()
+
+
+def _listen(requests: "queue.Queue[str]") -> None:
+    for line in sys.stdin:
+        requests.put(line)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
