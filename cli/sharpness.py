@@ -206,7 +206,7 @@ def _check_options(
 
 def _check_files(source: Path, figure: Path | None, vectors: Path | None) -> None:
     """Before the work, not after it."""
-    from samlite.training.documents import read_sharpness
+    from samlite.training.measurements import read_sharpness
 
     if source.is_dir():
         read_sharpness(source)

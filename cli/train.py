@@ -121,9 +121,9 @@ def _sharpness(record: "EpochRecord") -> str:
 def draw(settings: "Config", folder: Path) -> None:
     """The figure of a finished run with tracked eigenvalues, unless it is there; without matplotlib, how to get it."""
     from samlite.report import figures
-    from samlite.training.documents import read_records
+    from samlite.training.runs import TRACK, read_records
 
-    path = folder / "track.png"
+    path = folder / TRACK
     if path.exists():
         return
     records = read_records(folder, "epoch", "lr", "eigenvalues")
@@ -155,7 +155,8 @@ def _measure(settings: "Config", folder: Path, measure: tuple[str, ...], bar: Pr
 
 def _found(folder: Path) -> dict[str, Any]:
     """What a finished run's folder holds: its result, and its sharpness if measured."""
-    from samlite.training.documents import read_result, read_sharpness
+    from samlite.training.measurements import read_sharpness
+    from samlite.training.runs import read_result
 
     sharpness = read_sharpness(folder)
     return {"result": read_result(folder, *SHOWN), **({"sharpness": sharpness} if sharpness else {})}

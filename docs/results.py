@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from samlite.files import read_json
 from samlite.intervals import Interval
 from samlite.report import figures
 from samlite.report.by_width import Report, percent, summarize
@@ -26,7 +27,6 @@ from samlite.report.cost import costs
 from samlite.report.groups import groups
 from samlite.report.solutions import solutions
 from samlite.sweep.run import read
-from samlite.training.checkpoints import read_json
 
 ROOT = Path(__file__).resolve().parent
 RUNS = ROOT.parent / "runs" / "results"

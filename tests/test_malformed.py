@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from samlite.cli import main
+from samlite.files import write_json
 from samlite.sweep import engines
 from samlite.training import session as training
 from samlite.training import train
-from samlite.training.checkpoints import write_json
 from samlite.training.config import Config
 
 pytest.importorskip("sklearn")

@@ -79,6 +79,47 @@ def test_the_library_does_not_import_the_command_line() -> None:
         assert "import samlite.cli" not in path.read_text() and "from samlite.cli" not in path.read_text()
 
 
+def sources() -> dict[str, ast.Module]:
+    return {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in (ROOT / "samlite").rglob("*.py")}
+
+
+def test_the_name_of_a_file_of_a_run_stands_in_one_module() -> None:
+    from samlite.training import runs
+
+    names = {"CONFIG", "RECORDS", "CHECKPOINT", "WEIGHTS", "RESULT", "LABELS", "SHARPNESS", "TRACK"}
+    files = {getattr(runs, name) for name in names}
+    commands = {str(path): ast.parse(path.read_text()) for path in (ROOT / "cli").glob("*.py")}
+    for path, tree in {**sources(), **commands}.items():
+        literals = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        assert path.endswith("training/runs.py") or not literals & files, path
+
+
+def test_no_name_with_an_underscore_crosses_a_file() -> None:
+    private: dict[str, set[str]] = {}
+    used: dict[str, set[str]] = {}
+    for path, tree in sources().items():
+        nodes = list(ast.walk(tree))
+        functions = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+        assigned = {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}
+        fields = {
+            node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        }
+        imported = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+        private[path] = {name for name in functions | assigned | fields if name.startswith("_") and name[1] != "_"}
+        inherited = {
+            node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+        }
+        used[path] = ({node.attr for node in attributes} - inherited) | imported
+    for path, names in used.items():
+        others = set().union(*(private[other] for other in private if other != path)) - private[path]
+        if not path.startswith("samlite/optim"):  # variants of SAM extend it
+            assert not names & others - TORCH, (path, names & others - TORCH)
+
+
+TORCH = {"_buffers", "_cache"}  # names that torch has, too
+
+
 def test_the_torch_range_is_the_same_for_building_and_running() -> None:
     lines = (ROOT / "pyproject.toml").read_text().splitlines()
     ranges = {part for line in lines for part in line.split('"') if part.startswith("torch>=")}

@@ -23,11 +23,12 @@ from samlite import tasks
 from samlite.errors import UsageError
 from samlite.intervals import Comparison, Geometric, Interval
 from samlite.report.groups import condition_of, varying
+from samlite.sweep.grid import read_cells
 from samlite.sweep.run import finished
 from samlite.training.config import Config
-from samlite.training.documents import read_cells, read_result
 from samlite.training.measurements import nonuniformity, sharpness
 from samlite.training.options import FAMILY
+from samlite.training.runs import read_result
 
 NEEDED = (  # of every result
     *("final.test_metric", "final.validation_metric", "final.validation_loss", "best.test_metric"),

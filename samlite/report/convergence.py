@@ -15,7 +15,7 @@ from typing import Any
 
 from samlite.intervals import Interval
 from samlite.report.groups import Group, document, groups
-from samlite.training.documents import read_records, read_result
+from samlite.training.runs import read_records, read_result
 
 FLOOR = 1e-6  # losses below are rounding of float32
 

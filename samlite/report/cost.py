@@ -14,7 +14,7 @@ from typing import Any
 from samlite import tasks
 from samlite.intervals import Interval
 from samlite.report.groups import Group, document, groups
-from samlite.training.documents import read_records, read_result
+from samlite.training.runs import read_records, read_result
 
 RECORDED = ("gradient_evaluations", "validation_metric")
 

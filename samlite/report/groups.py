@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from samlite.errors import UsageError
+from samlite.sweep.grid import read_cells
 from samlite.sweep.run import finished
 from samlite.training.config import Config
-from samlite.training.documents import read_cells
 from samlite.training.options import CONDITIONS, FAMILY
 
 

@@ -21,10 +21,9 @@ from samlite.report.groups import Group, document, groups
 from samlite.tasks import Splits
 from samlite.training import network
 from samlite.training.config import Config, task_of
-from samlite.training.documents import read_result
 from samlite.training.measurements import sharpness
 from samlite.training.options import OPTIMIZER_OPTIONS
-from samlite.training.runs import final_network
+from samlite.training.runs import final_network, read_result
 from samlite.training.sparsity import masks_in
 
 

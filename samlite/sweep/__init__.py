@@ -1,8 +1,8 @@
 """Grids of runs, each cell in a process of its own."""
 
 from samlite.sweep.grid import grid
+from samlite.sweep.grid import read_cells as read
 from samlite.sweep.run import Event, run
-from samlite.training.documents import read_cells as read
 from samlite.training.measurements import MEASURES
 
 __all__ = ["MEASURES", "Event", "grid", "read", "run"]

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from samlite.documents import TEXT, check
 from samlite.errors import UsageError
-from samlite.training.checkpoints import read_json, write_json
+from samlite.files import read_json, write_json
 from samlite.training.config import Config
-from samlite.training.documents import TEXT, check
 
 COMMAND = [sys.executable, "-m", "samlite.sweep.cell"]  # runs cells
 REQUEUES = 1000  # of a job whose time is up; each goes on where the last one stopped

@@ -6,10 +6,11 @@ from typing import Any
 
 from samlite import tasks
 from samlite.errors import UsageError
-from samlite.files import described
+from samlite.files import described, read_json
 from samlite.training.config import Config
 from samlite.training.options import FAMILY, SWEPT
 
+SWEEP = "sweep.json"  # the cells of a sweep, in its folder
 CELLS = 10_000  # of a sweep at most: each is a process, and a folder
 
 
@@ -63,6 +64,17 @@ def grid(
                 for method in methods:
                     cells.append(Config.of(task, recipe, width=width, seed=seed, **condition, **method, **settings))
     return list(dict.fromkeys(cells))
+
+
+def read_cells(folder: Path) -> list[Config]:
+    """Read the cells of a sweep. Raises UsageError where the folder holds none."""
+    path = folder / SWEEP
+    if not path.exists():
+        raise UsageError(f"{folder} must be the folder of a sweep, but it has no {SWEEP}")
+    cells = read_json(path).get("cells")
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
+        raise UsageError(f"{path} must hold a list of cells")
+    return [Config.from_json(cell, path) for cell in cells]
 
 
 def check_one_sweep(known: Sequence[Config], cells: Sequence[Config], folder: Path) -> None:

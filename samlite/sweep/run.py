@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import IO, Literal
 
 from samlite.errors import UsageError
+from samlite.files import claimed, locked, write_json
 from samlite.sweep.engines import Engine, Local, Running
-from samlite.sweep.grid import check_one_sweep
-from samlite.training.checkpoints import claimed, locked, write_json
+from samlite.sweep.grid import SWEEP, check_one_sweep, read_cells
 from samlite.training.config import Config
-from samlite.training.documents import RESULT, SWEEP, read_cells, read_config
 from samlite.training.measurements import MEASURES, measured
+from samlite.training.runs import RESULT, read_config
 
 CLAIMS = ".claims"  # a file for each cell that a sweep works on
 

@@ -1,19 +1,9 @@
-"""The files of a run: written beside and renamed into place, read without executing anything.
+"""Tensors in files: checkpoints and weights, read without executing anything."""
 
-A process that dies at any moment, or a machine that loses power, leaves each file whole: the old one
-or the new one.
-"""
-
-import fcntl
-import json
-import math
-import os
-import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,143 +11,7 @@ from safetensors.torch import load_file, load_model, save
 from torch import Tensor, nn
 
 from samlite.errors import UsageError
-from samlite.files import described, regular, replaceable
-
-PATIENCE = 5.0  # seconds to wait for a folder: a killed sweep's last cells need a moment to end
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process alone, creating it. The lock ends with its process, however it ends.
-
-    Raises BlockingIOError where another process holds the folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(replaceable(folder / ".lock"), "a") as lock:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise BlockingIOError(
-                        f"{folder} is in use by another process; wait for it or choose another folder"
-                    ) from None
-                time.sleep(0.05)
-        yield
-
-
-def claimed(path: Path) -> IO[str] | None:
-    """An open file that claims this path until it is closed, or its process ends; None where another has claimed it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(replaceable(path), "a")  # noqa: SIM115  (it stays open)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what was written there takes the place of `path` in one step.
-
-    Where that fails, `path` stays as it was and nothing is left beside it. Of several processes one writes after the
-    other. Raises UsageError unless `path` is a regular file or not there.
-    """
-    replaceable(path)
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        with _alone_at(beside):
-            try:
-                yield beside
-                _sync(beside)
-                os.replace(beside, path)
-            except BaseException:
-                beside.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        if error.errno:
-            error.filename = str(path)  # a full disk does not say which file
-        raise
-    _sync(path.parent)
-
-
-@contextmanager
-def _alone_at(path: Path) -> Iterator[None]:
-    """Hold a file for this process alone, creating it; what is there of a process that was killed does not matter."""
-    while True:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            path.unlink()
-        with open(path, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            there = False
-            with suppress(FileNotFoundError):
-                there = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-            if there:  # not renamed meanwhile
-                yield
-                return
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step."""
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a JSON file in one step."""
-    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
-
-
-def write_lines(path: Path, documents: Iterable[dict[str, Any]]) -> None:
-    """Write a file of JSON objects, one a line, in one step."""
-    write_text(path, "".join(json.dumps(document, allow_nan=False) + "\n" for document in documents))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UsageError where the file holds anything else."""
-    regular(path)
-    try:
-        document = parse_json(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UsageError(f"{path} must be a JSON file, but it cannot be read ({error})") from None
-    if not isinstance(document, dict):
-        raise UsageError(f"{path} must hold a JSON object, got {type(document).__name__}")
-    return document
-
-
-def parse_json(text: str) -> Any:
-    """Parse a JSON document as the standard has it: no NaN, no infinity, no field twice. Raises UsageError."""
-    try:
-        return json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_fields)
-    except RecursionError:
-        raise UsageError("it is nested too deeply") from None
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise UsageError(f"a number must be finite, got {text[:40]}")
-    return number
-
-
-def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-        raise UsageError(f"the field {twice!r} is there twice")
-    return fields
+from samlite.files import described, regular, replacing
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

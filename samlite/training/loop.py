@@ -15,11 +15,10 @@ from torch import Tensor
 
 from samlite import distributed, tasks
 from samlite.errors import UsageError
+from samlite.files import locked
 from samlite.training import network
-from samlite.training.checkpoints import locked
 from samlite.training.config import Config
-from samlite.training.documents import RESULT
-from samlite.training.runs import check_folder
+from samlite.training.runs import RESULT, check_folder
 from samlite.training.session import EpochRecord, Session
 
 

@@ -25,16 +25,23 @@ from samlite.curvature.function import checked_data
 from samlite.curvature.hessian import Hessian
 from samlite.curvature.operator import Progress
 from samlite.curvature.results import Eigenvalues
+from samlite.documents import ANSWER, BY_ORDER, GAPPED, NUMBERS, POSITIVE, SWITCH, TEXT, Shape, check
 from samlite.errors import UsageError
-from samlite.training.checkpoints import check_types, load_weights, locked, write_json
+from samlite.files import locked, read_json, write_json
+from samlite.training.checkpoints import check_types, load_weights
 from samlite.training.config import usable_device
-from samlite.training.documents import SHARPNESS, read_sharpness
-from samlite.training.runs import load_run
+from samlite.training.runs import SHARPNESS, load_run
 
 SAMPLES = 8192  # measured by default, as sharpness changes little beyond them
 
 MEASURES = ("eigenvalues", "moments")  # what may be measured of a minimum; moments are never kept without eigenvalues
 _LOSSES: dict[str, Callable[[], nn.Module]] = {"cross_entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
+_MEASUREMENT: dict[str, Shape] = {
+    "eigenvalues": {"which": TEXT, "values": NUMBERS, "errors": GAPPED, "converged": SWITCH, "complete": ANSWER},
+    "moments": {"unit": TEXT, "converged": SWITCH, "nonuniformity": BY_ORDER},
+}
+_SHARPNESS: Shape = {**_MEASUREMENT, "ggn": _MEASUREMENT}
+_NEEDED = {"eigenvalues": ("which", "values", "converged", "complete"), "moments": ("unit", "converged")}
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,24 @@ def drawn(pair: tuple[Tensor, Tensor], count: int, seed: int) -> tuple[Tensor, T
         return pair
     rows = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:count].sort().values
     return inputs[rows.to(inputs.device)], targets[rows.to(targets.device)]
+
+
+def read_sharpness(folder: Path) -> dict[str, Any]:
+    """Read what was measured of a run; empty where nothing was. Raises UsageError."""
+    path = folder / SHARPNESS
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    try:
+        check(found, _SHARPNESS)
+        for measured in (found, found.get("ggn", {})):
+            for name, fields in _NEEDED.items():
+                check(measured, {}, [f"{name}.{field}" for field in fields if name in measured])
+            if measured.get("moments", {}).get("converged"):
+                check(measured["moments"], {"nonuniformity": {"*": POSITIVE}}, ["nonuniformity"])
+        return found
+    except UsageError as error:
+        raise UsageError(f"{path} is not a measurement ({error}); delete it and measure again") from None
 
 
 def measured(folder: Path, measure: Collection[str]) -> bool:

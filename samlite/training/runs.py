@@ -1,23 +1,56 @@
-"""The folder of a run: whether it is this run's, the labels it trains on, and the run when it is finished."""
+"""The folder of a run: the names and contents of its files, whether it is this run's, and a finished run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from samlite.data.noise import noisy
+from samlite.documents import AMOUNT, COUNT, GAPPED, NUMBER, POSITIVE, SWITCH, TEXT, Shape, check
 from samlite.errors import UsageError
+from samlite.files import parse_json, read_json, regular
 from samlite.tasks import Splits, Task
 from samlite.training import network
 from samlite.training.checkpoints import load_model_weights, load_weights, save_tensors
 from samlite.training.config import Config, task_of, usable_device
-from samlite.training.documents import CONFIG, RESULT, read_config
 from samlite.training.sparsity import masks_in
 
-CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.safetensors"
-LABELS = "labels.safetensors"  # of a run with label noise
+# The files of a run
+CONFIG = "config.json"  # all that repeats it
+RECORDS = "metrics.jsonl"  # a line an epoch
+CHECKPOINT = "checkpoint.pt"  # what a stopped run goes on from
+WEIGHTS = "model.safetensors"  # those it ends with
+RESULT = "result.json"  # of a finished run
+LABELS = "labels.safetensors"  # that are trained on, where there is label noise
+SHARPNESS = "sharpness.json"  # what was measured; `samlite.training.measurements` reads and writes it
+TRACK = "track.png"  # the figure of its eigenvalues along training
+
+_RESULT: Shape = {
+    "metric": TEXT,
+    "final": {"*": NUMBER},
+    "best": {"epoch": COUNT, "*": NUMBER},
+    "interpolates": SWITCH,
+    "parameters": COUNT,
+    "epochs": COUNT,
+    "gradient_evaluations": AMOUNT,
+    "seconds": POSITIVE,
+}
+_RECORD: Shape = {
+    "epoch": COUNT,
+    "train_loss": NUMBER,
+    "train_metric": NUMBER,
+    "validation_loss": NUMBER,
+    "validation_metric": NUMBER,
+    "lr": POSITIVE,
+    "steps": AMOUNT,
+    "gradient_evaluations": AMOUNT,
+    "seconds": POSITIVE,
+    "eigenvalues": GAPPED,
+    "products": AMOUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +62,52 @@ class Run:
     task: Task
     model: nn.Module
     data: Splits
+
+
+def read_config(folder: Path) -> Config:
+    """Read what a run was told. Raises UsageError."""
+    return Config.from_json(read_json(folder / CONFIG), folder / CONFIG)
+
+
+def read_result(folder: Path, *needed: str) -> dict[str, Any]:
+    """Read the result of a run, with these fields in it; "final.test_metric" is within "final". Raises UsageError."""
+    found = read_json(folder / RESULT)
+    try:
+        return check(found, _RESULT, needed)
+    except UsageError as error:
+        raise UsageError(
+            f"{folder} has a {RESULT} that no run wrote ({error}); delete it and repeat the command of the run"
+        ) from None
+
+
+def read_records(folder: Path, *needed: str) -> list[dict[str, Any]]:
+    """Read the records of a run, one an epoch, with these fields in each. Raises UsageError where there are none."""
+    path = folder / RECORDS
+    try:
+        lines = regular(path).read_text(encoding="utf-8-sig").splitlines()
+        return check_records([parse_json(line) for line in lines], *needed)
+    except (FileNotFoundError, UsageError, UnicodeError) as error:
+        raise UsageError(f"{path} must hold the records of a run, a line an epoch ({error})") from None
+
+
+def check_records(records: Any, *needed: str) -> list[dict[str, Any]]:
+    """The records of a run's epochs, unless something is wrong with them, which ValueError says."""
+    if not isinstance(records, list) or not records:
+        raise UsageError("there must be one at least")
+    for epoch, record in enumerate(records, 1):
+        try:
+            check(record, _RECORD, needed)
+        except UsageError as error:
+            raise UsageError(f"of epoch {epoch}: {error}") from None
+        if record.get("epoch", epoch) != epoch:
+            raise UsageError(f"of epoch {epoch}: epoch must count up from 1, got {record['epoch']}")
+    for name in ("steps", "gradient_evaluations"):
+        counts = [record[name] for record in records if name in record]
+        if any(after <= before for before, after in zip(counts, counts[1:], strict=False)):
+            raise UsageError(f"{name} must grow from epoch to epoch")
+    if len({len(record.get("eigenvalues", ())) for record in records}) > 1:
+        raise UsageError("eigenvalues must be as many in every epoch")
+    return records
 
 
 def load_run(folder: Path | str, device: str | None = None) -> Run:

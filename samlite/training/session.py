@@ -17,25 +17,29 @@ from samlite import distributed
 from samlite.curvature.hessian import Hessian
 from samlite.curvature.tracking import Tracker
 from samlite.data.tensors import Batch, Splits, hold_out
+from samlite.documents import COUNT, NUMBER, check
 from samlite.errors import UsageError
+from samlite.files import write_json, write_lines
 from samlite.models import parameter_count
 from samlite.seeds import generator
 from samlite.tasks import Task
 from samlite.tasks.task import Scores
 from samlite.training import network
-from samlite.training.checkpoints import (
-    check_types,
-    load_checkpoint,
-    save_checkpoint,
-    save_model_weights,
-    write_json,
-    write_lines,
-)
+from samlite.training.checkpoints import check_types, load_checkpoint, save_checkpoint, save_model_weights
 from samlite.training.config import Config, task_of, usable_device
-from samlite.training.documents import CONFIG, COUNT, NUMBER, RECORDS, RESULT, check, check_records
 from samlite.training.measurements import SAMPLES
 from samlite.training.optimizer import Closures, optimizer_of, parallel, scaler_of
-from samlite.training.runs import CHECKPOINT, LABELS, WEIGHTS, load_data, save_labels
+from samlite.training.runs import (
+    CHECKPOINT,
+    CONFIG,
+    LABELS,
+    RECORDS,
+    RESULT,
+    WEIGHTS,
+    check_records,
+    load_data,
+    save_labels,
+)
 from samlite.training.sparsity import masks_in
 
 SAVE_EVERY = 1.0  # seconds between checkpoints, where epochs are shorter: a stop costs no more than that

@@ -10,8 +10,8 @@ from conftest import Result
 from scipy import stats
 
 from samlite import sweep
+from samlite.files import write_json
 from samlite.report.convergence import convergence, fit
-from samlite.training.checkpoints import write_json
 from samlite.training.loop import train
 
 

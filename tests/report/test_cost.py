@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import Result
 
+from samlite.files import write_json, write_lines
 from samlite.report.cost import costs
-from samlite.training.checkpoints import write_json, write_lines
 from samlite.training.config import Config
 
 

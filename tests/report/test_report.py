@@ -9,10 +9,10 @@ import pytest
 from conftest import Result
 from scipy import stats
 
+from samlite.files import write_json
 from samlite.intervals import Comparison, Geometric, Interval, student_t
 from samlite.report.by_width import Report, count_in_short, summarize
 from samlite.report.figures import by_width
-from samlite.training.checkpoints import write_json
 from samlite.training.config import Config
 
 SGD = [0.90, 0.92, 0.91]

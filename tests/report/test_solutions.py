@@ -9,8 +9,8 @@ from conftest import Result
 from safetensors.torch import load_file
 
 from samlite import sweep, tasks
+from samlite.files import write_json
 from samlite.report.solutions import solutions
-from samlite.training.checkpoints import write_json
 from samlite.training.loop import train
 
 pytest.importorskip("sklearn")

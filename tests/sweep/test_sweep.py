@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 from conftest import Result, command, contents, process
 
-from samlite import sweep
+from samlite import files, sweep
 from samlite.cli import options
+from samlite.files import write_json
 from samlite.sweep import engines
 from samlite.sweep.grid import grid
 from samlite.sweep.run import CLAIMS, Event, finished
-from samlite.training import checkpoints
-from samlite.training.checkpoints import write_json
 from samlite.training.config import Config
 from samlite.training.loop import train
 from samlite.training.measurements import measured, nonuniformity
@@ -133,7 +132,7 @@ def test_closing_a_sweep_or_killing_it_ends_its_cells(tmp_path: Path) -> None:
             time.sleep(0.02)
         running.kill()
     for folder in folders:  # the lock of a cell is free once its process is gone
-        with checkpoints.locked(folder):
+        with files.locked(folder):
             pass
 
 
@@ -165,8 +164,8 @@ def test_a_folder_that_holds_no_sweep_is_refused(tmp_path: Path) -> None:
 
 def test_a_cell_that_another_sweep_has_claimed_is_left_to_it_and_taken_when_that_ends(tmp_path: Path) -> None:
     cells = grid("digits", [8], ["sgd"], seeds=2, **QUICK)
-    claim = checkpoints.claimed(tmp_path / CLAIMS / cells[0].name)
-    assert claim is not None and checkpoints.claimed(tmp_path / CLAIMS / cells[0].name) is None
+    claim = files.claimed(tmp_path / CLAIMS / cells[0].name)
+    assert claim is not None and files.claimed(tmp_path / CLAIMS / cells[0].name) is None
     write_json(tmp_path / "sweep.json", {"cells": []})
     events = sweep.run(tmp_path, cells, jobs=2)
     first = [next(events), next(events)]

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from samlite.curvature.hessian import Hessian
 from samlite.data.episodes import Episodes, Players
+from samlite.files import read_json
 from samlite.optim.sam import SAM
 from samlite.tasks import games, get
 from samlite.tasks.games import Game
 from samlite.tasks.ppo import ClippedObjective, advantages
-from samlite.training.checkpoints import read_json
 from samlite.training.config import Config, task_of
 from samlite.training.loop import train
 from samlite.training.runs import load_run

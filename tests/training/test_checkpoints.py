@@ -16,19 +16,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from samlite import files
+from samlite.files import claimed, locked, read_json, replacing, write_json
 from samlite.report.figures import canvas
-from samlite.training import checkpoints
 from samlite.training.checkpoints import (
-    claimed,
     load_checkpoint,
     load_model_weights,
     load_weights,
-    locked,
-    read_json,
-    replacing,
     save_checkpoint,
     save_model_weights,
-    write_json,
 )
 
 STATE = {"weights": torch.arange(5, dtype=torch.float64), "epoch": 3, "records": [{"loss": 0.1}], "none": None}
@@ -142,7 +138,7 @@ def test_weights_are_found_in_every_usual_form_of_file(tmp_path: Path) -> None:
 def test_one_process_at_a_time_holds_a_folder_and_a_killed_one_lets_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "PATIENCE", 0.2)
+    monkeypatch.setattr(files, "PATIENCE", 0.2)
     hold = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
     hold += "print(flush=True); time.sleep(60)"
     with locked(tmp_path):
@@ -181,7 +177,7 @@ def test_a_disk_that_is_full_leaves_the_old_file_alone_and_nothing_beside_it(tmp
 def test_of_many_that_write_one_file_at_once_each_writes_a_whole_one(tmp_path: Path) -> None:
     texts = [letter * 300_000 for letter in "abcdefgh"]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda text: checkpoints.write_text(tmp_path / "file", text), texts * 2))
+        list(pool.map(lambda text: files.write_text(tmp_path / "file", text), texts * 2))
     assert (tmp_path / "file").read_text() in texts
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -13,10 +13,10 @@ from conftest import command, contents, process
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from samlite import Hessian, tasks
+from samlite import Hessian, files, tasks
 from samlite.curvature.tracking import Tracker
 from samlite.tasks import TensorData
-from samlite.training import checkpoints, loop
+from samlite.training import loop
 from samlite.training import session as training
 from samlite.training.checkpoints import load_weights
 from samlite.training.config import Config
@@ -314,7 +314,7 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path) 
 
 
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "PATIENCE", 0.1)
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
     first = train(digits(), tmp_path)
     next(first)
     with pytest.raises(BlockingIOError, match="in use by another process"):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from samlite import Hessian
-from samlite.training.checkpoints import read_json, write_json
+from samlite.files import read_json, write_json
 from samlite.training.config import Config
 from samlite.training.loop import train
 from samlite.training.measurements import as_record, checkpoint_subject, keep, measure_run, resolve, run_subject

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samlite.errors import UsageError
+from samlite.files import replacing
 from samlite.report.by_width import count_in_short
 from samlite.report.groups import described
-from samlite.training.checkpoints import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
