@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from samlite.curvature.results import Block, Density, Eigenvalues, Estimate, Moments, Sharpness, Stability
     from samlite.errors import UsageError
     from samlite.optim.sam import SAM
-    from samlite.optim.variants import AgnosticSAM, FriendlySAM, SAMPa
+    from samlite.optim.sampa import SAMPa
+    from samlite.optim.variants import AgnosticSAM, FriendlySAM
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,7 +39,7 @@ _HOME = {
     "SAM": "samlite.optim.sam",
     "AgnosticSAM": "samlite.optim.variants",
     "FriendlySAM": "samlite.optim.variants",
-    "SAMPa": "samlite.optim.variants",
+    "SAMPa": "samlite.optim.sampa",
     "Hessian": "samlite.curvature.hessian",
     "Moments": "samlite.curvature.results",
     "Operator": "samlite.curvature.operator",

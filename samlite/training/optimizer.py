@@ -15,7 +15,8 @@ from samlite.curvature.function import denominator
 from samlite.data.tensors import Batch
 from samlite.errors import UsageError
 from samlite.optim.sam import SAM, Closure
-from samlite.optim.variants import AgnosticSAM, FriendlySAM, SAMPa
+from samlite.optim.sampa import SAMPa
+from samlite.optim.variants import AgnosticSAM, FriendlySAM
 from samlite.tasks import Task
 from samlite.training.config import Config
 from samlite.training.options import OPTIONS
