@@ -46,10 +46,10 @@ class Operator:
     def of(matvec: Callable[[Tensor], Tensor], like: Tensor, *, memory: int | str | None = None) -> Operator:
         """Any symmetric matrix, by its products: the same solvers, errors and certificates.
 
-        ::
-
-            matrix = torch.diag(torch.arange(1.0, 101.0))
-            top = samlite.Operator.of(lambda v: matrix @ v, torch.empty(100)).eigenvalues(3)
+        ```python
+        matrix = torch.diag(torch.arange(1.0, 101.0))
+        top = samlite.Operator.of(lambda v: matrix @ v, torch.empty(100)).eigenvalues(3)
+        ```
 
         Args:
             matvec: multiplies a vector like `like`, without autograd.

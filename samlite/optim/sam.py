@@ -36,16 +36,16 @@ Base = type[Optimizer] | partial[Any]
 class SAM(Wrapper):
     """SAM over any torch optimizer that steps without a closure.
 
-    ::
+    ```python
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, model=model, lr=0.1, momentum=0.9)
 
-        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, model=model, lr=0.1, momentum=0.9)
+    def closure():
+        loss = criterion(model(inputs), targets)
+        loss.backward()
+        return loss
 
-        def closure():
-            loss = criterion(model(inputs), targets)
-            loss.backward()
-            return loss
-
-        loss = optimizer.step(closure)
+    loss = optimizer.step(closure)
+    ```
 
     `param_groups` and `state` are the base optimizer's own, so schedulers and checkpoints work as on any
     optimizer. A group may set its own `rho`, `adaptive` and `normalize`. Only the first pass may change the

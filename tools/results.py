@@ -1,6 +1,6 @@
 """Makes docs/results.md: every sweep that it names is run (or continued), reported and judged.
 
-    python docs/results.py DATA [NAME ...]
+    python tools/results.py DATA [NAME ...]
 
 DATA is a folder with mnist, cifar10, sst2, pos and molecules/tox21.csv.gz inside; NAMEs choose some of the sweeps, and
 the page is made of all those that are finished. Runs are kept in runs/results; delete a folder there to repeat a sweep.
@@ -28,7 +28,7 @@ from samlite.report.groups import groups
 from samlite.report.solutions import solutions
 from samlite.sweep.run import read
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1] / "docs"
 RUNS = ROOT.parent / "runs" / "results"
 
 
@@ -186,7 +186,7 @@ def _head(finished: list[Experiment]) -> str:
 
 What `samlite sweep` finds of the claims of *Critical Influence of Overparameterization on Sharpness-aware Minimization*
 (arXiv 2311.17539), small enough for a laptop: short schedules, small subsets and few seeds, so a claim that does not
-show here is not refuted. `python docs/results.py DATA` makes this page, tables and sentences included; nothing in it is
+show here is not refuted. `python tools/results.py DATA` makes this page, tables and sentences included; nothing in it is
 written by hand after a run. Every ± and every band is a 95 % Student-t interval over seeds, and each holds by itself.
 
 Made on {os.cpu_count()} cores of {_processor()}, torch {torch.__version__}, Python {platform.python_version()},

@@ -1,6 +1,6 @@
 """Everything on a GPU in a few minutes: the device tests, then products, eigenvalues, moments and SAM steps, timed.
 
-    python bench/cuda.py [--device cuda]
+    python bench/gpu.py [--device cuda]
 
 Each figure is beside the same one on the CPU of this machine, and the values of both must agree. With `--device cpu`
 both are the CPU, which shows that the script itself is sound where there is no GPU.
@@ -15,9 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-if __name__ == "cuda":  # what torch asks for is NVIDIA's package of this name, not this file beside a benchmark
-    raise ImportError("cuda")
 
 import torch
 from rich.console import Console
