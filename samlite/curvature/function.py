@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 from samlite.batches import described, is_pair, mapped, placed, rows, samples, tensors
 from samlite.curvature.capture.recorder import UncoveredError
 from samlite.curvature.memory import operations_behind
+from samlite.curvature.neutral import neutral
 from samlite.curvature.operator import compiled
-from samlite.curvature.untouched import Draws, modules_in, neutral, untouched
+from samlite.curvature.untouched import Draws, modules_in, untouched
 from samlite.errors import UsageError
 
 PROBE = 64  # rows that are evaluated to check the function and to size its graph

@@ -22,9 +22,9 @@ from samlite.batches import is_pair
 from samlite.curvature.function import PROBE, Data, End, Loss, Losses
 from samlite.curvature.gauss_newton import Curves, Kind
 from samlite.curvature.memory import free_bytes, parse_bytes
+from samlite.curvature.neutral import check_real
 from samlite.curvature.operator import Operator, check_steady, compiled, require, usage_errors
 from samlite.curvature.samples import Samples, Unit
-from samlite.curvature.untouched import check_real
 from samlite.distributed import Ranks
 from samlite.errors import UsageError
 

@@ -1,13 +1,8 @@
-"""Conditions under which a loss is one fixed function of the weights, and its evaluation leaves no trace.
-
-`neutral` undoes for a whole measurement what torch can switch around a call: inference mode, autocast, anomaly mode,
-TF32, hooks on gradients. `untouched` wraps a single evaluation: nothing that a forward pass writes outlives it.
-"""
+"""One evaluation of a model that leaves no trace: nothing that a forward pass writes outlives it."""
 
 import random
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -18,106 +13,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from samlite.curvature.neutral import without_hooks
+from samlite.curvature.stand_ins import twice_differentiable
 from samlite.errors import UsageError
 
 _OF_MODULES = frozenset(vars(nn.Module()))  # attributes that torch itself keeps in a module
 _CONTAINERS = (list, dict, set)
-
-
-# --- Around a measurement
-
-
-def check_real() -> None:
-    """Raise UsageError in a transform of torch.func and under fake tensors, where no number can be read."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise UsageError("samlite cannot measure inside a transform of torch.func (grad, vmap, ...); call it outside")
-    if any(type(mode).__name__ == "FakeTensorMode" for mode in _get_current_dispatch_mode_stack()):
-        raise UsageError("samlite cannot measure under FakeTensorMode, whose tensors hold no values; call it outside")
-
-
-@contextmanager
-def neutral(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Undo whatever is switched on around this call and would enter the derivatives by these parameters."""
-    check_real()
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        for kind in {"cpu", parameters[0].device.type}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.is_anomaly_enabled():
-            stack.enter_context(torch.autograd.set_detect_anomaly(False))
-        stack.enter_context(_full_precision())
-        stack.enter_context(_tensors_saved_as_they_are())
-        stack.enter_context(_without_hooks(parameters))
-        yield
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32 or bfloat16 inside of products, which makes those of a Hessian inexact and asymmetric.
-
-    torch has two generations of switches. Where they contradict each other, torch cannot read the older ones, and code
-    that does so fails (`torch.backends.cudnn.flags`); so both are set.
-    """
-    parts = [getattr(getattr(torch.backends, kind), part, None) for kind, part in _ROUNDING]
-    newer: list[Any] = [part for part in parts if hasattr(part, "fp32_precision")]
-    before = [part.fp32_precision for part in newer]
-    matmul, convolution = _read(torch.get_float32_matmul_precision), _read(torch._C._get_cudnn_allow_tf32)
-    try:
-        torch.set_float32_matmul_precision("highest")
-        torch._C._set_cudnn_allow_tf32(False)
-        for part in newer:
-            part.fp32_precision = "ieee"
-        yield
-    finally:
-        if matmul is not None:
-            torch.set_float32_matmul_precision(matmul)
-        if convolution is not None:
-            torch._C._set_cudnn_allow_tf32(convolution)
-        for part, precision in zip(newer, before, strict=True):
-            part.fp32_precision = precision
-
-
-_ROUNDING = [("cuda", "matmul"), *((kind, part) for kind in ("cudnn", "mkldnn") for part in ("matmul", "conv", "rnn"))]
-
-
-def _read(switch: Callable[[], Any]) -> Any:
-    """What an older switch says; None if the newer ones contradict it."""
-    try:
-        return switch()
-    except RuntimeError:
-        return None
-
-
-@contextmanager
-def _tensors_saved_as_they_are() -> Iterator[None]:
-    """No hooks on the tensors that autograd saves, which may round or move them."""
-    autograd: Any = torch._C._autograd
-    hooks = []
-    while top := autograd._top_saved_tensors_default_hooks(True):
-        hooks.append(top)
-        autograd._pop_saved_tensors_default_hooks()
-    try:
-        yield
-    finally:
-        for pack, unpack in reversed(hooks):
-            autograd._push_saved_tensors_default_hooks(pack, unpack)
-
-
-@contextmanager
-def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """No hooks on the gradients of these leaves, which would change or record every derivative."""
-    before = [parameter._backward_hooks for parameter in parameters]
-    try:
-        for parameter, hooks in zip(parameters, before, strict=True):
-            if hooks:
-                parameter._backward_hooks = None
-        yield
-    finally:
-        for parameter, hooks in zip(parameters, before, strict=True):
-            if parameter._backward_hooks is not hooks:
-                parameter._backward_hooks = hooks
 
 
 # --- Around a look at the data
@@ -184,11 +86,11 @@ def untouched(
             )  # nor have cuDNN's recurrent layers
         if "torch._dynamo" in sys.modules:  # nor have compiled graphs
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_twice_differentiable())
+        stack.enter_context(twice_differentiable())
         stack.enter_context(_fresh_caches())
         stack.enter_context(_own_state(modules))
         stack.enter_context(_only(parameters, everything))
-        stack.enter_context(_without_hooks(everything))
+        stack.enter_context(without_hooks(everything))
         model.train(mode == "train")
         for module in modules:
             if isinstance(module, nn.Embedding):
@@ -336,59 +238,6 @@ def _projected(module: nn.Embedding) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-# --- Functions of torch without the right second derivative, under whatever name a model has imported them
-
-
-class _Direct:
-    """Stands in for checkpointing, which recomputes outside of all this: the function is called once."""
-
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        return function(*args)
-
-    @staticmethod
-    def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
-        yield
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """torch's own is one operation, whose second derivative is wrong."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
-_GENERATOR = "_checkpoint_without_reentrant_generator"
-_STAND_INS: tuple[tuple[str, str, Any], ...] = (
-    ("torch.utils.checkpoint", "CheckpointFunction", _Direct),
-    ("torch.utils.checkpoint", _GENERATOR, _Direct.generator),
-    ("torch.distributed._composable.checkpoint_activation", _GENERATOR, _Direct.generator),
-    ("torch", "_weight_norm", _weight_norm),
-    ("torch.nn.utils.weight_norm", "_weight_norm", _weight_norm),
-)
-_lock, _depth = threading.Lock(), 0
-_replaced: list[tuple[Any, str, Any]] = []
-
-
-@contextmanager
-def _twice_differentiable() -> Iterator[None]:
-    """Replace these functions where torch itself looks them up."""
-    global _depth
-    with _lock:
-        _depth += 1
-        if _depth == 1:
-            places = [(sys.modules[place], name, other) for place, name, other in _STAND_INS if place in sys.modules]
-            _replaced[:] = [(place, name, getattr(place, name)) for place, name, _ in places]
-            for place, name, other in places:
-                setattr(place, name, other)
-    try:
-        yield
-    finally:
-        with _lock:
-            _depth -= 1
-            if _depth == 0:
-                for place, name, original in _replaced:
-                    setattr(place, name, original)
 
 
 def modules_in(loss_fn: Any) -> list[nn.Module]:
