@@ -187,7 +187,8 @@ def _head(finished: list[Experiment]) -> str:
 What `samlite sweep` finds of the claims of *Critical Influence of Overparameterization on Sharpness-aware Minimization*
 (arXiv 2311.17539), small enough for a laptop: short schedules, small subsets and few seeds, so a claim that does not
 show here is not refuted. `python tools/results.py DATA` makes this page, tables and sentences included; nothing in it
-is written by hand after a run. Every ± and every band is a 95 % Student-t interval over seeds, and each holds by itself.
+is written by hand after a run. Every ± and every band is a 95 % Student-t interval over seeds, and each holds by
+itself.
 
 Made on {os.cpu_count()} cores of {_processor()}, torch {torch.__version__}, Python {platform.python_version()},
 in {total / 60:.0f} minutes. The longest run took {_longest(finished):.0f} s of training."""
