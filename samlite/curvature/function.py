@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from samlite.batches import described, is_pair, mapped, placed, rows, samples, tensors
-from samlite.curvature.capture.recorder import UncoveredError
+from samlite.curvature.capture.plan import UncoveredError
 from samlite.curvature.memory import operations_behind
 from samlite.curvature.neutral import neutral
 from samlite.curvature.operator import compiled

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from samlite.batches import Form, form, leaves, mapped, rows, samples, tensors
-from samlite.curvature.capture.recorder import Capture, Plan, UncoveredError, find_plan
+from samlite.curvature.capture.plan import Plan, Seen, UncoveredError, find_plan
+from samlite.curvature.capture.recorder import Capture
 from samlite.curvature.function import End, Losses
 from samlite.curvature.gauss_newton import Curves, Kind
 from samlite.errors import UsageError
@@ -143,12 +144,12 @@ class Samples:
                 "number, or pass data in batches and use unit='batch'"
             )
 
-    def _seen(self, batch: Any) -> Capture:
+    def _seen(self, batch: Any) -> Seen:
         capture = Capture(self._losses.parameters, samples(batch))
         self._losses.forget()
         with torch.no_grad():
             self._losses.total(batch, capture)
-        return capture
+        return capture.seen
 
     def _check(self, batch: Any, plan: Plan) -> None:
         """Raise UncoveredError unless the chains of some samples are what plain autograd gives for each of them."""
