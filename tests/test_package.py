@@ -3,9 +3,12 @@
 import ast
 import subprocess
 import sys
+from importlib.metadata import requires
+from importlib.metadata import version as version_of
 from pathlib import Path
 
 import pytest
+import torch
 
 import samlite
 
@@ -120,10 +123,16 @@ def test_no_name_with_an_underscore_crosses_a_file() -> None:
 TORCH = {"_buffers", "_cache"}  # names that torch has, too
 
 
-def test_the_torch_range_is_the_same_for_building_and_running() -> None:
-    lines = (ROOT / "pyproject.toml").read_text().splitlines()
-    ranges = {part for line in lines for part in line.split('"') if part.startswith("torch>=")}
-    assert len(ranges) == 1
+def test_an_installed_package_requires_the_minor_version_of_torch_that_it_is_built_for() -> None:
+    (pin,) = [requirement for requirement in requires("samlite") or () if requirement.startswith("torch")]
+    major, minor = torch.__version__.split(".")[:2]
+    assert set(pin.removeprefix("torch").split(",")) == {f">={major}.{minor}", f"<{major}.{int(minor) + 1}"}
+
+
+def test_the_torch_to_build_for_is_found_without_importing_it() -> None:
+    command = [sys.executable, str(ROOT / "tools" / "build_backend.py")]
+    folder, version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(";")
+    assert Path(folder) == Path(torch.__file__).parent and version == version_of("torch")
 
 
 def test_the_stub_names_what_the_compiled_module_has() -> None:

@@ -1,7 +1,7 @@
 """A build backend around scikit-build-core: the compiled module is built for the torch of the environment it goes into.
 
-pip builds in an environment of its own, which still has the `sys.prefix` of the one that is installed into. Where that one
-has torch, CMake compiles against it, and no second torch is downloaded. Only where there is none is torch a
+pip builds in an environment of its own, which still has the `sys.prefix` of the one that is installed into. Where that
+one has torch, CMake compiles against it, and no second torch is downloaded. Only where there is none is torch a
 requirement of the build. The wheel then requires the minor version of torch that it was built for.
 """
 
@@ -20,7 +20,7 @@ from scikit_build_core.build import (  # noqa: F401  (hooks that need no torch)
     get_requires_for_build_sdist,
 )
 
-TORCH = "torch>=2.6"
+TORCH = "torch>=2.13,<2.14"  # the one that is tested, where there is none
 
 
 def get_requires_for_build_wheel(config_settings: Mapping[str, Any] | None = None) -> list[str]:
