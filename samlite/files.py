@@ -129,8 +129,9 @@ def replacing(path: Path) -> Iterator[Path]:
 def _alone_at(path: Path) -> Iterator[None]:
     """Hold a file for this process alone, creating it; what is there of a process that was killed does not matter."""
     while True:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            path.unlink()
+        with suppress(FileNotFoundError):  # renamed by another one meanwhile
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                path.unlink()
         with open(path, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             there = False
