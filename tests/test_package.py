@@ -130,7 +130,7 @@ def test_an_installed_package_requires_the_minor_version_of_torch_that_it_is_bui
 
 
 def test_the_torch_to_build_for_is_found_without_importing_it() -> None:
-    command = [sys.executable, str(ROOT / "tools" / "build_backend.py")]
+    command = [sys.executable, str(ROOT / "tools" / "find_torch.py")]
     folder, version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(";")
     assert Path(folder) == Path(torch.__file__).parent and version == version_of("torch")
 
