@@ -86,7 +86,7 @@ def read_records(folder: Path, *needed: str) -> list[dict[str, Any]]:
     try:
         lines = regular(path).read_text(encoding="utf-8-sig").splitlines()
         return check_records([parse_json(line) for line in lines], *needed)
-    except (FileNotFoundError, UsageError, UnicodeError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise UsageError(f"{path} must hold the records of a run, a line an epoch ({error})") from None
 
 
