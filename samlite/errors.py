@@ -10,9 +10,7 @@ def in_one_line(error: BaseException) -> str:
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
         text = f"{error.strerror}{place}" if error.strerror else str(error)
-    elif isinstance(error, UsageError | ImportError | MemoryError | RuntimeError) and not isinstance(
-        error, RecursionError | NotImplementedError
-    ):
+    elif isinstance(error, UsageError | ImportError | MemoryError | RuntimeError) and type(error) is not RecursionError:
         text = str(error)
     else:
         text = f"internal error: {type(error).__name__}: {error}; SAMLITE_DEBUG=1 shows where"
