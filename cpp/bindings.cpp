@@ -5,6 +5,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "chain.h"
 #include "hessian.h"
 #include "lanczos.h"
 #include "moments.h"
@@ -59,7 +60,7 @@ Eigenpairs eigenpairs(Operator& operation, Options options, const std::string& w
   const c10::AutoGradMode no_grad(false);
   if (method == "power") return power_iteration(product(operation), operation.like(), p, options);
   TORCH_CHECK_VALUE(method == "lanczos", "method must be lanczos or power, got ", method);
-  return Lanczos(product(operation), operation.like(), p, options).solve();
+  return lanczos(product(operation), operation.like(), p, options);
 }
 
 Traces traces_of(Operator& operation, int64_t order, int64_t watched, const ProbeOptions& options) {
@@ -79,7 +80,8 @@ std::shared_ptr<Hessian> make_hessian(std::vector<Tensor> params, std::function<
 }
 
 std::shared_ptr<Moments> make_moments(std::vector<Tensor> params, std::function<void(int64_t)> rewind,
-                                      Next<Powers> next, bool batches, int64_t memory, int64_t exponent, Sum sum) {
+                                      Next<SampleHessians> next, bool batches, int64_t memory, int64_t exponent,
+                                      Sum sum) {
   return std::make_shared<Moments>(std::move(params), std::move(rewind), std::move(next), batches, memory, exponent,
                                    check_signals, std::move(sum));
 }
@@ -93,19 +95,20 @@ std::shared_ptr<Curvature> make_gauss_newton(const Tensor& loss, std::vector<Ten
   return std::make_shared<GaussNewton>(loss, std::move(z), std::move(cuts), std::move(params));
 }
 
-std::shared_ptr<Powers> make_chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites, int64_t samples,
-                                   std::vector<Tensor> params, std::vector<Tensor> z, std::vector<Tensor> cuts) {
+std::shared_ptr<SampleHessians> make_chain(const Tensor& loss, std::vector<std::shared_ptr<Site>> sites,
+                                           int64_t samples, std::vector<Tensor> params, std::vector<Tensor> z,
+                                           std::vector<Tensor> cuts) {
   std::optional<Outputs> outputs;
   if (!z.empty()) outputs.emplace(loss, std::move(z), std::move(cuts));
   return std::make_shared<Chain>(loss, std::move(sites), samples, std::move(params), std::move(outputs));
 }
 
-std::shared_ptr<Powers> make_whole(std::shared_ptr<Curvature> curvature, double weight, bool mean,
-                                   std::vector<Tensor> params, int64_t exponent) {
-  return std::make_shared<Whole>(std::move(curvature), weight, mean, std::move(params), exponent);
+std::shared_ptr<SampleHessians> make_batch(std::shared_ptr<Curvature> curvature, double weight, bool mean,
+                                           std::vector<Tensor> params, int64_t exponent) {
+  return std::make_shared<BatchHessian>(std::move(curvature), weight, mean, std::move(params), exponent);
 }
 
-Tensor powers(const std::shared_ptr<Powers>& graph, const Tensor& v, int64_t order) {
+Tensor powers(const std::shared_ptr<SampleHessians>& graph, const Tensor& v, int64_t order) {
   Tensor out = at::zeros({order, v.numel()}, v.options());
   graph->add(v, out);
   return out;
@@ -173,33 +176,29 @@ PYBIND11_MODULE(_C, m) {
   bind_graphs(hessian);
 
   m.def("tap", &tap, py::arg("a"));
-  py::enum_<Kind>(m, "Kind")
-      .value("linear", Kind::linear)
-      .value("conv", Kind::conv)
-      .value("scale", Kind::scale)
-      .value("shift", Kind::shift)
-      .value("embedding", Kind::embedding);
-  py::class_<Use>(m, "Use")
-      .def(py::init([](Kind kind, int64_t param, std::vector<int64_t> sizes, std::vector<int64_t> strides,
-                       int64_t offset) { return Use{kind, param, std::move(sizes), std::move(strides), offset}; }),
-           py::arg("kind"), py::arg("param"), py::arg("sizes"), py::arg("strides"), py::arg("offset"))
-      .def_readwrite("stride", &Use::stride)
-      .def_readwrite("padding", &Use::padding)
-      .def_readwrite("dilation", &Use::dilation)
-      .def_readwrite("groups", &Use::groups)
-      .def_readwrite("mean", &Use::mean)
-      .def_readwrite("inverse", &Use::inverse)
-      .def_readwrite("padding_row", &Use::padding_row);
+  py::class_<View>(m, "View").def(py::init<int64_t, Sizes, Sizes, int64_t>(), py::arg("param"), py::arg("sizes"),
+                                  py::arg("strides"), py::arg("offset"));
+  py::class_<Use, std::shared_ptr<Use>>(m, "Use");
+  py::class_<Linear, Use, std::shared_ptr<Linear>>(m, "Linear").def(py::init<View>(), py::arg("view"));
+  py::class_<Conv, Use, std::shared_ptr<Conv>>(m, "Conv").def(py::init<View, Sizes, Sizes, Sizes, int64_t>(),
+                                                              py::arg("view"), py::arg("stride"), py::arg("padding"),
+                                                              py::arg("dilation"), py::arg("groups"));
+  py::class_<Scale, Use, std::shared_ptr<Scale>>(m, "Scale")
+      .def(py::init<View, std::optional<Tensor>, std::optional<Tensor>>(), py::arg("view"),
+           py::arg("mean") = py::none(), py::arg("inverse") = py::none());
+  py::class_<Shift, Use, std::shared_ptr<Shift>>(m, "Shift").def(py::init<View>(), py::arg("view"));
+  py::class_<Embedding, Use, std::shared_ptr<Embedding>>(m, "Embedding")
+      .def(py::init<View, int64_t>(), py::arg("view"), py::arg("padding_row") = -1);
   py::class_<Site, std::shared_ptr<Site>>(m, "Site")
       .def(py::init(&make_site), py::arg("a"), py::arg("eta"), py::arg("z"), py::arg("layout"))
       .def("add", &Site::add, py::arg("use"));
-  py::class_<Powers, std::shared_ptr<Powers>>(m, "Powers")
+  py::class_<SampleHessians, std::shared_ptr<SampleHessians>>(m, "SampleHessians")
       .def("__call__", torch::wrap_pybind_function_no_gil(powers), py::arg("v"), py::arg("order"))
-      .def("held", &Powers::held)
-      .def("step_bytes", &Powers::step_bytes);
+      .def("held", &SampleHessians::held)
+      .def("step_bytes", &SampleHessians::step_bytes);
   m.def("chain", torch::wrap_pybind_function_no_gil(make_chain), py::arg("loss"), py::arg("sites"), py::arg("samples"),
         py::arg("params"), py::arg("outputs"), py::arg("cuts"));
-  m.def("whole", torch::wrap_pybind_function_no_gil(make_whole), py::arg("curvature"), py::arg("weight"),
+  m.def("batch_hessian", torch::wrap_pybind_function_no_gil(make_batch), py::arg("curvature"), py::arg("weight"),
         py::arg("mean"), py::arg("params"), py::arg("exponent") = 0);
   py::class_<Moments, std::shared_ptr<Moments>> moments(m, "Moments");
   moments

@@ -1,25 +1,12 @@
 #include "hessian.h"
 
-#include <ATen/SequenceNumber.h>
-#include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/accumulate_grad.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <c10/core/GradMode.h>
 
-#include <cstring>
-#include <typeinfo>
-#include <unordered_set>
+#include <tuple>
 
 namespace samlite {
 
 namespace {
-
-// Cotangents at the roots pulled back to the inputs; undefined where nothing arrives.
-std::vector<Tensor> pulled_back(const std::vector<Tensor>& roots, const std::vector<Tensor>& inputs,
-                                const std::vector<Tensor>& cotangents, bool create_graph = false) {
-  if (roots.empty() || inputs.empty()) return std::vector<Tensor>(inputs.size());
-  return torch::autograd::grad(roots, inputs, cotangents, /*retain_graph=*/true, create_graph, /*allow_unused=*/true);
-}
 
 // Those of some tensors that can be differentiated further, and where they are.
 std::pair<std::vector<Tensor>, std::vector<size_t>> differentiable(const std::vector<Tensor>& tensors) {
@@ -44,72 +31,27 @@ void add(const std::vector<Tensor>& terms, std::vector<Tensor>& sums) {
     if (terms[i].defined()) sums[i].add_(terms[i]);
 }
 
-using torch::autograd::Node;
-
-// Visits the nodes of the graphs behind some tensors, each once; those behind a node for which `visit` is false are
-// left out.
-template <class Visit>
-void for_each_node(const std::vector<Tensor>& tensors, Visit visit) {
-  std::vector<Node*> unseen;
-  std::unordered_set<Node*> seen;
-  for (const auto& tensor : tensors)
-    if (tensor.defined()) unseen.push_back(tensor.grad_fn().get());
-  while (!unseen.empty()) {
-    Node* node = unseen.back();
-    unseen.pop_back();
-    if (!node || !seen.insert(node).second || !visit(node)) continue;
-    for (const auto& edge : node->next_edges()) unseen.push_back(edge.function.get());
-  }
-}
-
-void append(std::vector<Tensor>& all, const std::vector<Tensor>& more) {
-  for (const auto& tensor : more)
-    if (tensor.defined()) all.push_back(tensor);
-}
-
 }  // namespace
-
-uint64_t sequence_number() { return at::sequence_number::peek(); }
-
-void drop_hooks(const std::vector<Tensor>& roots, uint64_t since) {
-  for_each_node(roots, [&](Node* node) {
-    if (node->sequence_nr() < since) return false;
-    if (dynamic_cast<torch::autograd::AccumulateGrad*>(node)) return true;
-    node->pre_hooks().clear();
-    node->tensor_pre_hooks().clear();
-    node->post_hooks().clear();
-    node->retains_grad_hooks().clear();
-    return true;
-  });
-}
-
-void check_differentiable(const std::vector<Tensor>& derivatives) {
-  for_each_node(derivatives, [](Node* node) {
-    const auto* error = dynamic_cast<torch::autograd::Error*>(node);
-    TORCH_CHECK(!error, error->msg);
-    TORCH_CHECK(!std::strstr(typeid(*node).name(), "WarnNotImplemented"),
-                "derivative for an operation not implemented");
-    return true;
-  });
-}
 
 Gradient::Gradient(const Tensor& loss, std::vector<Tensor> params) : params_(std::move(params)) {
   if (!loss.requires_grad()) return;  // does not depend on the parameters: zero curvature
   c10::AutoGradMode grad(true);
-  std::tie(gradients_, index_) = differentiable(pulled_back({loss}, params_, {}, /*create_graph=*/true));
+  std::tie(gradients_, index_) =
+      differentiable(pull_back({loss}, {at::ones_like(loss)}, gradient_edges(params_), /*create_graph=*/true));
   check_differentiable(gradients_);
 }
 
 // d(g . v)/dw: reverse mode over the graph of the gradient.
 void Gradient::add_product(const std::vector<Tensor>& v, std::vector<Tensor>& out) const {
-  add(pulled_back(gradients_, params_, selected(v, index_)), out);
+  add(pull_back(gradients_, selected(v, index_), gradient_edges(params_)), out);
 }
 
 Outputs::Outputs(const Tensor& loss, std::vector<Tensor> z, std::vector<Tensor> cuts)
     : z_(std::move(z)), cuts_(std::move(cuts)) {
   c10::AutoGradMode grad(true);
   for (const auto& output : z_) u_.push_back(at::zeros_like(output).requires_grad_());
-  if (loss.requires_grad()) slopes_ = pulled_back({loss}, cuts_, {}, /*create_graph=*/true);
+  if (loss.requires_grad())
+    slopes_ = pull_back({loss}, {at::ones_like(loss)}, gradient_edges(cuts_), /*create_graph=*/true);
   check_differentiable(slopes_);
   for (auto& slope : slopes_)
     if (!slope.defined() || !slope.requires_grad()) slope = Tensor();
@@ -122,7 +64,7 @@ std::vector<Tensor> Outputs::curve(const std::vector<Tensor>& v) const {
     roots.push_back(slopes_[i]);
     cotangents.push_back(v[i]);
   }
-  auto result = pulled_back(roots, cuts_, cotangents);
+  auto result = pull_back(roots, cotangents, gradient_edges(cuts_));
   for (size_t i = 0; i < result.size(); ++i)
     if (!result[i].defined()) result[i] = at::zeros_like(u_[i]);
   return result;
@@ -139,13 +81,13 @@ GaussNewton::GaussNewton(const Tensor& loss, std::vector<Tensor> z, std::vector<
     : params_(std::move(params)), outputs_(loss, std::move(z), std::move(cuts)) {
   c10::AutoGradMode grad(true);
   std::tie(transposed_, index_) =
-      differentiable(pulled_back(outputs_.z(), params_, outputs_.u(), /*create_graph=*/true));
+      differentiable(pull_back(outputs_.z(), outputs_.u(), gradient_edges(params_), /*create_graph=*/true));
   check_differentiable(transposed_);
 }
 
 void GaussNewton::add_product(const std::vector<Tensor>& v, std::vector<Tensor>& out) const {
-  const auto along = pulled_back(transposed_, outputs_.u(), selected(v, index_));
-  add(pulled_back(outputs_.z(), params_, outputs_.curve(along)), out);
+  const auto along = pull_back(transposed_, selected(v, index_), gradient_edges(outputs_.u()));
+  add(pull_back(outputs_.z(), outputs_.curve(along), gradient_edges(params_)), out);
 }
 
 std::vector<Tensor> GaussNewton::held() const {

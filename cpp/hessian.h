@@ -4,6 +4,7 @@
 #include <memory>
 #include <tuple>
 
+#include "autograd.h"
 #include "graphs.h"
 #include "operator.h"
 
@@ -18,15 +19,6 @@ class Curvature {
   // The tensors that it keeps, some with a graph behind them.
   virtual std::vector<Tensor> held() const = 0;
 };
-
-// Takes the hooks of Python off the graph behind some tensors, as they would change or record every derivative: off
-// nodes made since `sequence_number()` was `since`, but not off leaves, whose hooks are not this graph's.
-void drop_hooks(const std::vector<Tensor>& roots, uint64_t since);
-uint64_t sequence_number();
-
-// Raises RuntimeError where the graph behind derivatives holds an operation that has none of its own. autograd itself
-// passes by those of functions marked as once_differentiable, and what depends on them would count as constant.
-void check_differentiable(const std::vector<Tensor>& derivatives);
 
 // The Hessian by double backward: the gradient with its graph. Parameters that the loss does not depend on, or only
 // linearly, are left out.
@@ -48,9 +40,8 @@ class Outputs {
   // z: with their graph; cuts: the leaves in place of z that the loss was computed from.
   Outputs(const Tensor& loss, std::vector<Tensor> z, std::vector<Tensor> cuts);
   const std::vector<Tensor>& z() const { return z_; }
-  const std::vector<Tensor>& u() const {
-    return u_;
-  }  // stand for a cotangent w: J v is the derivative of v^T J^T u by u
+  // They stand for a cotangent: J v is the derivative of v^T J^T u by u.
+  const std::vector<Tensor>& u() const { return u_; }
   std::vector<Tensor> curve(const std::vector<Tensor>& v) const;  // the Hessian of the loss by z, times v
   void add_held(std::vector<Tensor>& out) const;
 

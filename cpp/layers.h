@@ -1,6 +1,6 @@
 // Layers through which parameters act on samples: z = theta . a, linear in theta and in a. Each has three maps: apply
-// (theta, a) -> z, its adjoint in a, and its adjoint in theta; and theta may be one for all samples or one a sample.
-// Tensors are sample-first here: a: (n, ..., inputs), z and delta: (n, ..., outputs), theta: (sizes) or (n, sizes).
+// (theta, a) -> z, its adjoint in a, and its adjoint in theta, the gradient. Tensors are sample-first here: a: (n, ...,
+// inputs), z and delta: (n, ..., outputs), theta: (sizes) for all samples, or (n, sizes) with one a sample.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -11,46 +11,131 @@
 namespace samlite {
 
 using at::Tensor;
+using Sizes = std::vector<int64_t>;
 
-enum class Kind {
-  linear,     // theta: (out, in), any positions between sample and features
-  conv,       // theta: (out, in / groups, *kernel), in 1 to 3 dimensions
-  scale,      // z = theta * (a - mean) * inverse, theta broadcast
-  shift,      // z = theta, broadcast: biases
-  embedding,  // theta: (rows, features), a: row numbers
+// A strided view of a parameter that lies flat.
+struct View {
+  int64_t param;  // which
+  Sizes sizes, strides;
+  int64_t offset = 0;
+
+  Tensor of(const Tensor& flat) const;              // (numel,) -> (sizes)
+  Tensor of_each_sample(const Tensor& flat) const;  // (n, numel), contiguous -> (n, sizes)
+  bool same_place(const View& other) const;
 };
 
-// One use of a parameter, or of a strided view of it.
-struct Use {
-  Kind kind;
-  int64_t param;  // which
-  std::vector<int64_t> sizes, strides;
-  int64_t offset = 0;
-  std::vector<int64_t> stride{}, padding{}, dilation{};  // of a convolution
-  int64_t groups = 1;
-  std::optional<Tensor> mean{}, inverse{};  // of a normalisation with fixed statistics, broadcast like theta
-  int64_t padding_row = -1;                 // of an embedding: it takes no gradient
+enum class Reduction { sum, none };  // over samples: (sizes), or (n, sizes)
 
-  Tensor apply(const Tensor& theta, const Tensor& a, const Tensor& like, bool per_sample) const;
-  Tensor adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta, bool per_sample) const;
-  // The sum over samples: (sizes), or each sample's own: (n, sizes).
-  Tensor gradient(const Tensor& a, const Tensor& delta, bool per_sample) const;
-  Tensor gradient_along(const Tensor& a_dot, const Tensor& delta, bool per_sample) const;  // its derivative along a
-  bool varies_with_a() const { return kind != Kind::shift && kind != Kind::embedding; }
+class Matrix;
 
-  Tensor view(const Tensor& flat) const;             // of (numel,)
-  Tensor view_per_sample(const Tensor& flat) const;  // of (n, numel), contiguous
-  bool same_view(const Use& other) const;
-  int64_t positions(const Tensor& delta) const;
-  // Operations of one step through U = sum of outer products of positions, and through U itself.
+// One use of a parameter, or of a view of it.
+class Use {
+ public:
+  explicit Use(View view) : view_(std::move(view)) {}
+  virtual ~Use() = default;
+  virtual Tensor apply(const Tensor& theta, const Tensor& a, const Tensor& like) const = 0;  // z, which is like `like`
+  virtual Tensor adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta) const = 0;  // like a
+  virtual Tensor gradient(const Tensor& a, const Tensor& delta, Reduction reduction) const = 0;
+  // Its derivative along a.
+  virtual Tensor gradient_along(const Tensor& a_dot, const Tensor& delta, Reduction reduction) const {
+    return gradient(a_dot, delta, reduction);
+  }
+  virtual bool varies_with_a() const { return true; }
+  virtual const Matrix* matrix() const { return nullptr; }  // itself, where its gradient is made of rows
+  const View& view() const { return view_; }
+  int64_t param() const { return view_.param; }
+
+ protected:
+  bool one_a_sample(const Tensor& theta) const { return theta.dim() > static_cast<int64_t>(view_.sizes.size()); }
+  const Sizes& sizes() const { return view_.sizes; }
+
+ private:
+  View view_;
+};
+
+// A layer whose gradient is a sum of outer products over its positions: theta: (outputs, inputs).
+class Matrix : public Use {
+ public:
+  using Use::Use;
+  const Matrix* matrix() const override { return this; }
+  // Rows of a and of delta whose outer products sum to the gradient: (n, positions, in) and (n, positions, out).
+  virtual Tensor input_rows(const Tensor& a) const = 0;
+  virtual Tensor output_rows(const Tensor& delta) const = 0;
+  virtual Tensor to_output(const Tensor& rows, const Tensor& like) const = 0;
+  virtual Tensor to_input(const Tensor& rows, const Tensor& like) const = 0;
+
+  int64_t positions(const Tensor& delta) const { return delta.numel() / delta.size(0) / outputs(); }
+  // Operations of one step through the Gram matrix of rows, which are fewer for few positions, and through theta
+  // itself.
   double gram_cost(int64_t positions_of_param) const;
   double materialised_cost() const;
-  // Rows of a and of delta whose outer products sum to the gradient: (n, positions, in) and (n, positions, out).
-  Tensor input_rows(const Tensor& a) const;
-  Tensor output_rows(const Tensor& delta) const;
-  Tensor to_output(const Tensor& rows, const Tensor& like) const;
-  Tensor to_input(const Tensor& rows, const Tensor& like) const;
-  bool has_rows() const { return kind == Kind::linear || (kind == Kind::conv && groups == 1 && stride.size() <= 2); }
+
+ private:
+  int64_t outputs() const { return sizes()[0]; }
+  int64_t inputs() const;
+};
+
+class Linear : public Matrix {  // theta: (out, in), any positions between sample and features
+ public:
+  using Matrix::Matrix;
+  Tensor apply(const Tensor& theta, const Tensor& a, const Tensor& like) const override;
+  Tensor adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta) const override;
+  Tensor gradient(const Tensor& a, const Tensor& delta, Reduction reduction) const override;
+  Tensor input_rows(const Tensor& a) const override;
+  Tensor output_rows(const Tensor& delta) const override;
+  Tensor to_output(const Tensor& rows, const Tensor& like) const override;
+  Tensor to_input(const Tensor& rows, const Tensor& like) const override;
+};
+
+class Conv : public Matrix {  // theta: (out, in / groups, *kernel), in 1 to 3 dimensions
+ public:
+  Conv(View view, Sizes stride, Sizes padding, Sizes dilation, int64_t groups);
+  Tensor apply(const Tensor& theta, const Tensor& a, const Tensor& like) const override;
+  Tensor adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta) const override;
+  Tensor gradient(const Tensor& a, const Tensor& delta, Reduction reduction) const override;
+  const Matrix* matrix() const override { return groups_ == 1 && stride_.size() <= 2 ? this : nullptr; }
+  Tensor input_rows(const Tensor& a) const override;
+  Tensor output_rows(const Tensor& delta) const override;
+  Tensor to_output(const Tensor& rows, const Tensor& like) const override;
+  Tensor to_input(const Tensor& rows, const Tensor& like) const override;
+
+ private:
+  Sizes kernel() const;
+  Sizes stride_, padding_, dilation_, no_padding_;
+  int64_t groups_;
+};
+
+class Scale : public Use {  // z = theta * (a - mean) * inverse, theta broadcast; mean and inverse are fixed statistics
+ public:
+  Scale(View view, std::optional<Tensor> mean, std::optional<Tensor> inverse);
+  Tensor apply(const Tensor& theta, const Tensor& a, const Tensor& like) const override;
+  Tensor adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta) const override;
+  Tensor gradient(const Tensor& a, const Tensor& delta, Reduction reduction) const override;
+  Tensor gradient_along(const Tensor& a_dot, const Tensor& delta, Reduction reduction) const override;
+
+ private:
+  std::optional<Tensor> mean_, inverse_;
+};
+
+class Shift : public Use {  // z = theta, broadcast: biases
+ public:
+  using Use::Use;
+  Tensor apply(const Tensor& theta, const Tensor& a, const Tensor& like) const override;
+  Tensor adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta) const override;
+  Tensor gradient(const Tensor& a, const Tensor& delta, Reduction reduction) const override;
+  bool varies_with_a() const override { return false; }
+};
+
+class Embedding : public Use {  // theta: (rows, features), a: row numbers
+ public:
+  Embedding(View view, int64_t padding_row) : Use(std::move(view)), padding_row_(padding_row) {}
+  Tensor apply(const Tensor& theta, const Tensor& a, const Tensor& like) const override;
+  Tensor adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta) const override;
+  Tensor gradient(const Tensor& a, const Tensor& delta, Reduction reduction) const override;
+  bool varies_with_a() const override { return false; }
+
+ private:
+  int64_t padding_row_;  // takes no gradient
 };
 
 }  // namespace samlite

@@ -53,40 +53,6 @@ Tensor power_samples(CountedMatVec& apply, const Tensor& z, int64_t order) {
 
 }  // namespace
 
-Krylov krylov(CountedMatVec& apply, const Tensor& start, int64_t steps) {
-  const int64_t p = start.numel();
-  steps = std::min(steps, p);
-  Tensor V = at::empty({steps, p}, start.options());
-  Tensor alpha = at::zeros({steps}, start.options().dtype(at::kDouble)), beta = at::zeros_like(alpha);
-  Tensor q = start / at::linalg_vector_norm(start);
-  for (int64_t j = 0; j < steps; ++j) {
-    V[j].copy_(q);
-    const Tensor B = V.narrow(0, 0, j + 1);
-    Tensor w = apply(V[j]);
-    alpha[j].copy_(w.dot(V[j]));
-    for (int64_t pass = 0; pass < 2; ++pass) w = at::addmv(w, B.t(), B.mv(w), 1, -1);
-    const Tensor norm = at::linalg_vector_norm(w);
-    beta[j].copy_(norm);
-    q = w / norm;
-  }
-  const Tensor host = at::stack({alpha, beta}).to(at::kCPU);
-  const auto scalar = host.accessor<double, 2>();
-  // Behind the first breakdown (what is left of H v is rounding) nothing belongs to the space any more.
-  double norm = 0, last = 0;
-  int64_t size = 0;
-  do {
-    const double column = std::abs(scalar[0][size]) + std::abs(scalar[1][size]);
-    check_finite(column, apply.count());
-    norm = std::max(norm, column);
-    last = scalar[1][size] > 10 * epsilon(start) * norm ? scalar[1][size] : 0;
-  } while (++size < steps && last > 0);
-  Tensor T = at::zeros({size, size}, at::kDouble);
-  T.diagonal().copy_(host[0].narrow(0, 0, size));
-  T.diagonal(1).copy_(host[1].narrow(0, 0, size - 1));
-  T.diagonal(-1).copy_(host[1].narrow(0, 0, size - 1));
-  return {V.narrow(0, 0, size), T, size < p ? last : 0};
-}
-
 Traces power_traces(MatVec multiply, const Tensor& like, int64_t p, int64_t order, int64_t watched,
                     const ProbeOptions& options) {
   CountedMatVec apply(std::move(multiply), options.max_matvecs);

@@ -5,7 +5,7 @@
 // whatever that run found and for any symmetric H, and only the rest is left to chance.
 #pragma once
 
-#include "ritz.h"
+#include "krylov.h"
 
 namespace samlite {
 
@@ -27,14 +27,6 @@ struct Traces {
 // tr(H^j) for j = 1 .. order, until the standard errors of those from `watched` on are small enough.
 Traces power_traces(MatVec apply, const Tensor& like, int64_t p, int64_t order, int64_t watched,
                     const ProbeOptions& options);
-
-// An orthonormal basis V: (m, p) of a Krylov space, and T = V H V^T: (m, m) in float64 on the host. H V^T = V^T T + r
-// e^T with |r| = beta, which is 0 where the space of the start is exhausted. H is over the unit of `apply`.
-struct Krylov {
-  Tensor V, T;
-  double beta = 0;
-};
-Krylov krylov(CountedMatVec& apply, const Tensor& start, int64_t steps);  // at most so many products
 
 // Nodes x and weights w: sum_i w_i f(x_i) approximates s^T f(H) s of the unit start s, exactly for polynomials of a
 // degree below 2m (Golub and Welsch). Each node is within its residual of an eigenvalue.

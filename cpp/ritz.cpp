@@ -62,6 +62,15 @@ void orthonormalise(Tensor v, const Tensor& X) {
   }
 }
 
+std::vector<double> to_vector(const Tensor& t) {
+  const Tensor host = t.to(at::kCPU, at::kDouble).contiguous();
+  return {host.const_data_ptr<double>(), host.const_data_ptr<double>() + host.numel()};
+}
+
+Tensor to_tensor(const std::vector<double>& values, const at::TensorOptions& options) {
+  return at::tensor(values, at::kDouble).to(options);
+}
+
 void check_finite(double value, int64_t matvecs) {
   TORCH_CHECK_VALUE(std::isfinite(value), "the product H v must be finite, got nan or inf in one of ", matvecs,
                     " products; check the weights, the loss and the data");

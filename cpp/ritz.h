@@ -70,6 +70,14 @@ Tensor safe_norm(const Tensor& v);
 // orthogonal to rounding ("twice is enough"), whatever cancelled in the first.
 void orthonormalise(Tensor v, const Tensor& X);
 
+std::vector<double> to_vector(const Tensor& t);
+Tensor to_tensor(const std::vector<double>& values, const at::TensorOptions& options);
+
+template <class T>
+std::vector<T> head(const std::vector<T>& v, int64_t n) {
+  return {v.begin(), v.begin() + n};
+}
+
 // Raises ValueError unless a number that came from products H v is finite.
 void check_finite(double value, int64_t matvecs);
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable as Function
 from collections.abc import Sequence
-from enum import Enum
 
 from torch import Tensor
 
@@ -74,28 +73,31 @@ class Hessian(Operator):
     @property
     def kept_bytes(self) -> int: ...
 
-class Kind(Enum):
-    linear = ...
-    conv = ...
-    scale = ...
-    shift = ...
-    embedding = ...
+class View:
+    def __init__(self, param: int, sizes: list[int], strides: list[int], offset: int) -> None: ...
 
-class Use:
-    def __init__(self, kind: Kind, param: int, sizes: list[int], strides: list[int], offset: int) -> None: ...
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
-    mean: Tensor | None
-    inverse: Tensor | None
-    padding_row: int
+class Use: ...
+
+class Linear(Use):
+    def __init__(self, view: View) -> None: ...
+
+class Conv(Use):
+    def __init__(self, view: View, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> None: ...
+
+class Scale(Use):
+    def __init__(self, view: View, mean: Tensor | None = None, inverse: Tensor | None = None) -> None: ...
+
+class Shift(Use):
+    def __init__(self, view: View) -> None: ...
+
+class Embedding(Use):
+    def __init__(self, view: View, padding_row: int = -1) -> None: ...
 
 class Site:
     def __init__(self, a: Tensor | None, eta: Tensor | None, z: Tensor, layout: tuple[int, int, int, int]) -> None: ...
     def add(self, use: Use) -> None: ...
 
-class Powers:
+class SampleHessians:
     def __call__(self, v: Tensor, order: int) -> Tensor: ...  # (order, p): sums over samples, not yet scaled
     def held(self) -> list[Tensor]: ...
     def step_bytes(self) -> int: ...
@@ -108,15 +110,17 @@ def chain(
     params: Sequence[Tensor],
     outputs: Sequence[Tensor],
     cuts: Sequence[Tensor],
-) -> Powers: ...
-def whole(curvature: Curvature, weight: float, mean: bool, params: Sequence[Tensor], exponent: int = 0) -> Powers: ...
+) -> SampleHessians: ...
+def batch_hessian(
+    curvature: Curvature, weight: float, mean: bool, params: Sequence[Tensor], exponent: int = 0
+) -> SampleHessians: ...
 
 class Moments:
     def __init__(
         self,
         params: Sequence[Tensor],
         rewind: Function[[int], None],
-        next: Function[[], tuple[Powers, Tensor, float, int] | None],
+        next: Function[[], tuple[SampleHessians, Tensor, float, int] | None],
         batches: bool,
         memory: int,
         exponent: int = 0,

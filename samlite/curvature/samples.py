@@ -163,7 +163,7 @@ class Samples:
 
 def _whole(c: ModuleType, curves: Curves, batch: Any, mean: bool, exponent: int = 0) -> tuple[Any, Tensor, float]:
     curvature, total, weight = curves.whole(batch)
-    return c.whole(curvature, weight, mean, curves.losses.parameters, exponent), total, weight
+    return c.batch_hessian(curvature, weight, mean, curves.losses.parameters, exponent), total, weight
 
 
 def _chain(c: ModuleType, curves: Curves, batch: Any, plan: Plan, exponent: int = 0) -> tuple[Any, Tensor, float]:

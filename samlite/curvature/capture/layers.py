@@ -74,9 +74,7 @@ def _convolution(dimensions: int, function: Callable[..., Tensor]) -> Callable[.
         padding = each(padding)
         a, eta = c.tapped(input)
         z = function(a, weight, bias, stride, padding, dilation, groups)
-        uses = c.uses("conv", weight)
-        for use in uses:
-            use.stride, use.padding, use.dilation, use.groups = stride, padding, dilation, groups
+        uses = c.uses("conv", weight, stride, padding, dilation, groups)
         uses += c.uses("shift", _channels(bias, input))
         return c.site(z, uses, a if c.owns(weight) else None, eta, features=dimensions + 1)
 
@@ -104,8 +102,7 @@ def embedding(
     if max_norm is not None or scale_grad_by_freq:
         raise UncoveredError("embedding with max_norm or scale_grad_by_freq")
     z = F.embedding(input, weight)
-    use = c.use("embedding", weight)
-    use.padding_row = -1 if padding_idx is None else padding_idx % len(weight)
+    use = c.use("embedding", weight, -1 if padding_idx is None else padding_idx % len(weight))
     if c.plan is None:
         c.lookups.append(all(size % c.samples for size in input.shape))
     else:
@@ -157,10 +154,7 @@ def batch_norm(
     if not c.owns(weight, bias):
         return torch.addcmul(offset, input, factor)
     a, eta = c.tapped(input)
-    uses = c.uses("scale", weight)
-    for use in uses:
-        use.mean, use.inverse = mean, inverse
-    uses += c.uses("shift", bias)
+    uses = c.uses("scale", weight, mean, inverse) + c.uses("shift", bias)
     # one operation in the graph
     return c.site(torch.addcmul(offset, a, factor), uses, a, eta, features=input.dim() - 1)
 

@@ -98,12 +98,12 @@ class Capture(TorchFunctionMode):
         """Whether one of them is a measured parameter, or a view of one."""
         return any(self.owner(value) is not None for value in values)
 
-    def uses(self, kind: str, view: Tensor | None) -> list[Any]:
+    def uses(self, kind: str, view: Tensor | None, *settings: Any) -> list[Any]:
         """The use of a parameter, where it is one."""
-        return [self.use(kind, view)] if view is not None and self.owns(view) else []
+        return [self.use(kind, view, *settings)] if view is not None and self.owns(view) else []
 
-    def use(self, kind: str, view: Tensor) -> Any:
-        """The use of a parameter through a view of it."""
+    def use(self, kind: str, view: Tensor, *settings: Any) -> Any:
+        """The use of a parameter through a view of it, in a layer of this kind with these settings."""
         index = self.owner(view)
         assert index is not None
         param = self._params[index]
@@ -121,7 +121,8 @@ class Capture(TorchFunctionMode):
         if kind in ("scale", "shift"):  # leading ones only broadcast
             filled = next((i for i, size in enumerate(sizes) if size > 1), len(sizes))
             sizes, strides = sizes[filled:], strides[filled:]
-        return self._c.Use(getattr(self._c.Kind, kind), index, sizes, strides, offset)
+        layer = getattr(self._c, kind.capitalize())
+        return layer(self._c.View(index, sizes, strides, offset), *settings)
 
     # --- Sites
 
