@@ -1,7 +1,6 @@
 """What the commands share on screen: results on stdout, progress on stderr."""
 
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from samlite.intervals import Interval
+    from samlite.report.table import Table as Values
 
 stdout = Console(markup=False, highlight=False)
 stderr = Console(markup=False, highlight=False, stderr=True)
@@ -50,6 +49,29 @@ def table(title: str, *columns: str) -> Table:
     return result
 
 
+def show_table(values: "Values") -> None:
+    """Print a table of a report: what a row is about once for its neighbours, and its notes below."""
+    view = _filled(values)
+    if values.narrow and stdout.measure(view, options=stdout.options.update(width=1000)).maximum > stdout.width:
+        view = _filled(values.narrow)
+    stdout.print(values.title, style="bold")  # wider, perhaps, than the table
+    stdout.print(view)
+    for note in values.notes:
+        stdout.print(note, style="dim")
+
+
+def _filled(values: "Values") -> Table:
+    view = table("", *values.columns)
+    above: Sequence[str] | None = None
+    for row in values.rows:
+        keys, cells = row[: values.keys], row[values.keys :]
+        if above is not None and keys != above:
+            view.add_section()
+        view.add_row(*(keys if keys != above else [""] * len(keys)), *cells)
+        above = keys
+    return view
+
+
 def facts(title: str) -> Table:
     """An empty table of names and values."""
     result = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
@@ -65,7 +87,7 @@ def print_json(document: Any) -> None:
 
 def metric(value: float, name: str) -> str:
     """A metric as people read it: a fraction in percent, a loss or a score as it is."""
-    from samlite.report.by_width import percent  # which needs torch
+    from samlite.tasks.metrics import percent  # which needs torch
 
     return f"{100 * value:.2f} %" if percent(name) == 100 else f"{value:.4g}"
 
@@ -74,17 +96,3 @@ def shortened(names: Sequence[str], most: int) -> str:
     """The first of many names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def interval(value: "Interval | None", scale: float = 1, sign: str = "") -> str:
-    """Mean ± half width, to two digits of the latter."""
-    if value is None:
-        return "–"
-    middle, half = scale * value.mean, value.half_width
-    if half is None:
-        return f"{middle:{sign}.4g}"
-    half *= scale
-    digits = max(0, 1 - math.floor(math.log10(half))) if half else 3
-    if digits > 5:
-        return f"{middle:{sign}.2g} ± {half:.2g}"
-    return f"{middle:{sign}.{digits}f} ± {half:.{digits}f}"

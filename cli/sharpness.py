@@ -256,10 +256,10 @@ def _draw(source: Path, figure: Path | None, density: Any) -> Path | None:
     path = figure or (source / FIGURE if source.is_dir() else None)
     if density is None or path is None:
         return None
-    from samlite.report import figures
+    from samlite.report.density import draw_density
 
     try:
-        figures.density(density, path, str(source))
+        draw_density(density, path, str(source))
     except ImportError as error:
         if figure:
             raise

@@ -137,7 +137,7 @@ def sweep(
         jobs = _at_once(cells[0], visible) if jobs is None else jobs
     failures = _run(folder, cells, measure, jobs, where)
     if failures < len(cells):
-        present(folder, as_json)
+        present(folder, "params", as_json)
     if failures:
         raise RuntimeError(f"{failures} of {len(cells)} runs failed; repeat the command to retry them")
 

@@ -66,7 +66,7 @@ def _show(task: "Task") -> None:
 
 
 def _parameters(task: "Task") -> dict[int, str]:
-    from samlite.report.by_width import count_in_short
+    from samlite.models import count_in_short
 
     return {width: count_in_short(task.parameters(width)) for width in task.widths}
 

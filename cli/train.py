@@ -120,7 +120,7 @@ def _sharpness(record: "EpochRecord") -> str:
 
 def draw(settings: "Config", folder: Path) -> None:
     """The figure of a finished run with tracked eigenvalues, unless it is there; without matplotlib, how to get it."""
-    from samlite.report import figures
+    from samlite.report.track import draw_track
     from samlite.training.runs import TRACK, read_records
 
     path = folder / TRACK
@@ -128,7 +128,7 @@ def draw(settings: "Config", folder: Path) -> None:
         return
     records = read_records(folder, "epoch", "lr", "eigenvalues")
     try:
-        figures.track(records, path, f"{settings.task}, {settings.name}: sharpness along training")
+        draw_track(records, path, f"{settings.task}, {settings.name}: sharpness along training")
     except ImportError as error:
         click.echo(f"No track.png: {error}; then repeat the command", err=True)
 

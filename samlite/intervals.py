@@ -1,7 +1,7 @@
 """Means over seeds with their 95 % intervals by Student's t."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Literal
@@ -14,6 +14,16 @@ class Interval:
     mean: float
     half_width: float | None
     n: int
+
+    @property
+    def positive(self) -> bool:
+        """Whether the whole interval is above zero; a single seed shows nothing."""
+        return self.half_width is not None and self.mean > self.half_width
+
+    @property
+    def negative(self) -> bool:
+        """Whether the whole interval is below zero."""
+        return self.half_width is not None and -self.mean > self.half_width
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Interval | None":
@@ -29,7 +39,7 @@ class Interval:
 class Geometric:
     """A geometric mean over n seeds and its 95 % interval, None for one seed.
 
-    There is none where a value is not positive, and to leave that one out would flatter the rest.
+    It is undefined where a value is not positive; dropping such values would bias the mean.
     """
 
     mean: float | None
@@ -56,7 +66,7 @@ class Comparison:
     """A quantity at SAM's minima over that at its base optimizer's, paired by seed."""
 
     ratio: Geometric
-    verdict: Literal["smaller", "larger", "not told apart"] | None  # None without an interval
+    verdict: Literal["smaller", "larger", "no significant difference"] | None  # None without an interval
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[float, float]]) -> "Comparison | None":
@@ -66,7 +76,12 @@ class Comparison:
             return None
         if ratio.low is None or ratio.high is None:
             return cls(ratio, None)
-        return cls(ratio, "smaller" if ratio.high < 1 else "larger" if ratio.low > 1 else "not told apart")
+        return cls(ratio, "smaller" if ratio.high < 1 else "larger" if ratio.low > 1 else "no significant difference")
+
+
+def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Interval | None:
+    """The mean difference of two quantities over the seeds that both have, with its interval."""
+    return Interval.of(one[seed] - other[seed] for seed in one if seed in other)
 
 
 def student_t(degrees: int, confidence: float = 0.95) -> float:

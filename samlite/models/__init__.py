@@ -12,6 +12,7 @@ from samlite.models.vit import vit
 
 __all__ = [
     "atari_cnn",
+    "count_in_short",
     "graph_network",
     "lstm",
     "mlp",
@@ -28,3 +29,11 @@ __all__ = [
 def parameter_count(model: nn.Module) -> int:
     """Number of trainable parameters; a tied parameter counts once."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def count_in_short(count: float) -> str:
+    """A number of parameters in two or three digits: 587, 2.6k, 14k, 5.4M."""
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.{1 if count < 10 * size else 0}f}{suffix}"
+    return f"{count:.0f}"

@@ -1,5 +1,5 @@
 """What a sweep says: numbers with their intervals, tables and figures."""
 
-from samlite.report.by_width import Report, summarize
+from samlite.report.outcomes import Report, summarize
 
 __all__ = ["Report", "summarize"]

@@ -1,205 +1,237 @@
-"""The result of a sweep by width: metrics, SAM's improvement, and the curvature at the minima, with their intervals.
+"""SAM's benefit by width: the tables, the figure and the verdict of a sweep's outcomes."""
 
-Intervals are Student's t at 95 % over seeds; one seed gives none. The improvement is the final test
-metric with SAM less that of its base optimizer, paired by seed, with the sign turned where a lower
-metric is better: positive means that SAM is better. Of several rhos the one that is best on validation
-counts, chosen for each width and condition. A condition is what the sweep varies beside: label noise,
-sparsity, weight decay.
-
-The quantities of a minimum are its sharpness a = λ_max(H) and, where measured, the non-uniformity s_2,
-s_3, ... of the samples' Hessians. As they differ by orders of magnitude between runs, SAM is compared
-with its base by their ratio: the geometric mean over pairs of seeds, its interval by Student's t on the
-logarithms. Each interval holds at 95 % by itself; nothing is corrected for how many there are.
-"""
-
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from samlite import tasks
 from samlite.errors import UsageError
-from samlite.intervals import Comparison, Geometric, Interval
-from samlite.report.groups import condition_of, varying
-from samlite.sweep.grid import read_cells
-from samlite.sweep.run import finished
-from samlite.training.config import Config
-from samlite.training.measurements import nonuniformity, sharpness
-from samlite.training.options import FAMILY
-from samlite.training.runs import read_result
+from samlite.report.canvas import REFERENCE, colors, draw_curve, label_parameters, label_values, new_figure
+from samlite.report.groups import described, method
+from samlite.report.outcomes import Outcome, Report
+from samlite.report.table import Table, comparison, interval
+from samlite.tasks.metrics import percent, spelled
 
-NEEDED = (  # of every result
-    *("final.test_metric", "final.validation_metric", "final.validation_loss", "best.test_metric"),
-    *("interpolates", "parameters"),
-)
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One optimizer at one width, over its seeds."""
-
-    metric: Interval  # final test metric
-    best: Interval  # test metric at the epoch that is best on validation
-    interpolating: int  # how many of the runs interpolate
-    rho: float | None  # SAM's, selected on validation
-    validation: dict[float, Interval]  # validation metric by the rhos that were tried; empty without SAM
-    improvement: Interval | None  # over the base optimizer, for SAM
-    sharpness: Interval | None  # largest Hessian eigenvalue
-    nonuniformity: dict[str, Interval]  # s_k by its order k
-    geometric: dict[str, Geometric]  # of "a" and "s_k"
-    comparisons: dict[str, Comparison]  # of "a" and "s_k" with those of the base optimizer, for SAM
+# --- Tables
 
 
-@dataclass(frozen=True)
-class Row:
-    width: int
-    parameters: int  # that are trained: those a mask keeps
-    condition: dict[str, float]  # label noise, sparsity, weight decay: those of them that the sweep varies
-    optimizers: dict[str, Outcome]
+def tables(report: Report) -> list[Table]:
+    """The metrics; the quantities of the minima, where moments were measured; and their ratios, SAM over its base."""
+    result = [_metrics(report)]
+    if any(outcome.nonuniformity for outcome in report.outcomes):
+        result.append(_minima(report))
+    if any(outcome.comparisons for outcome in report.outcomes):
+        result.append(_comparisons(report))
+    return result
 
 
-@dataclass(frozen=True)
-class Report:
-    """A sweep's rows by condition and growing width, and the names of the runs that are not in them."""
+def _metrics(report: Report) -> Table:
+    """The metrics, and λ_max if that is all that was measured."""
+    scale = percent(report.metric)
+    columns = [">n", f">{spelled(report.metric)}", ">improvement"]
+    interpolating = any(outcome.interpolating for outcome in report.outcomes)
+    if interpolating:
+        columns.insert(1, ">interpolate")
+    sharpness_alone = _has_sharpness(report) and not any(outcome.nonuniformity for outcome in report.outcomes)
+    if sharpness_alone:
+        columns.append(">λ_max")
 
-    task: str
-    metric: str
-    higher_is_better: bool
-    rows: tuple[Row, ...]
-    unfinished: tuple[str, ...]
-    unmeasured: tuple[str, ...]  # without a sharpness that can be trusted
-    without_moments: tuple[str, ...]
+    def cells(outcome: Outcome) -> list[str]:
+        result = [str(outcome.metric.n), interval(outcome.metric, scale), interval(outcome.improvement, scale, "+")]
+        if interpolating:
+            result.insert(1, str(outcome.interpolating))
+        if sharpness_alone:
+            result.append(interval(outcome.sharpness))
+        return result
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    title = f"{report.task}: final test {report.metric.replace('_', ' ')} by width"
+    return _table(report, title, columns, cells, parameters=True, notes=_notes(report))
 
 
-def summarize(folder: Path | str) -> Report:
-    """Report on a sweep, finished or not. Raises UsageError where no run is finished."""
-    folder = Path(folder)
-    cells = read_cells(folder)
-    results = {cell: read_result(folder / cell.name, *NEEDED) for cell in cells if finished(folder / cell.name, cell)}
-    if not results:
-        raise UsageError(f"{folder} must hold a finished run; repeat its sweep")
-    task = tasks.get(cells[0].task)
-    minima = {cell: _quantities(folder / cell.name) for cell in results}
-    varied = varying(cells)
-    places = {cell: (condition_of(cell, varied), cell.width) for cell in results}
-    rows = [
-        _row(dict(place[0]), {cell: results[cell] for cell in results if places[cell] == place}, minima, task)
-        for place in sorted(set(places.values()))
-    ]
-    return Report(
-        task.name,
-        task.metric,
-        task.higher_is_better,
-        tuple(rows),
-        tuple(cell.name for cell in cells if cell not in results),
-        tuple(cell.name for cell in results if "a" not in minima[cell]),
-        tuple(cell.name for cell in results if "s_2" not in minima[cell]),
+def _minima(report: Report) -> Table:
+    orders = sorted({order for outcome in report.outcomes for order in outcome.nonuniformity})
+
+    def cells(outcome: Outcome) -> list[str]:
+        return [interval(value) for value in (outcome.sharpness, *map(outcome.nonuniformity.get, orders))]
+
+    columns = [">a = λ_max", *(f">s_{order}" for order in orders)]
+    return _table(report, "sharpness a and non-uniformity s_k of the minima", columns, cells)
+
+
+def _comparisons(report: Report, narrow: bool = False) -> Table:
+    names = sorted({name for outcome in report.outcomes for name in outcome.comparisons})
+    more = ", more alike over the samples (s_k)" if len(names) > 1 else ""
+    notes = [f"Geometric mean over seeds; below 1: SAM's minima are flatter (a){more}."]
+    verdicts = sum(each.verdict is not None for outcome in report.outcomes for each in outcome.comparisons.values())
+    if verdicts > 1:
+        notes.append(f"Each of the {verdicts} verdicts uses its own 95 % interval; nothing corrects for their number.")
+
+    def cells(outcome: Outcome) -> list[str]:
+        if not outcome.comparisons:
+            return []
+        return [comparison(outcome.comparisons.get(name), narrow) for name in names]
+
+    compared = {name for row in report.rows for name, outcome in row.optimizers.items() if outcome.comparisons}
+    return _table(
+        report,
+        "sharpness of SAM's minima over its base's",
+        names,
+        cells,
+        optimizer=len(compared) > 1,
+        notes=notes,
+        narrow=None if narrow else _comparisons(report, narrow=True),
     )
 
 
-def percent(metric: str) -> int:
-    """What a metric is multiplied by for people: fractions are shown in percent."""
-    return 100 if metric in ("accuracy", "average_precision", "roc_auc") else 1
+def _table(
+    report: Report,
+    title: str,
+    columns: Sequence[str],
+    cells: Callable[[Outcome], list[str]],
+    parameters: bool = False,
+    optimizer: bool = True,
+    **more: Any,
+) -> Table:
+    """A row an optimizer and width; without cells it is left out."""
+    place = [f">{name.replace('_', ' ')}" for name in report.rows[0].condition] + [">width"]
+    if parameters:
+        place.append(">params")
+    rows = []
+    for row in report.rows:
+        values = [*(f"{value:g}" for value in row.condition.values()), str(row.width)]
+        if parameters:
+            values.append(f"{row.parameters:,}")
+        for name, outcome in row.optimizers.items():
+            if own := cells(outcome):
+                rows.append([*values, method(name, outcome.rho), *own] if optimizer else [*values, *own])
+    names = [*place, "optimizer", *columns] if optimizer else [*place, *columns]
+    return Table(title, names, rows, keys=len(place), **more)
 
 
-def count_in_short(count: float) -> str:
-    """A number of parameters in two or three digits: 587, 2.6k, 14k, 5.4M."""
-    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.{1 if count < 10 * size else 0}f}{suffix}"
-    return f"{count:.0f}"
+def _has_sharpness(report: Report) -> bool:
+    return any(outcome.sharpness for outcome in report.outcomes)
 
 
-def _quantities(folder: Path) -> dict[str, float]:
-    """What can be trusted of the measurements of a run: a, and s_k."""
-    a = sharpness(folder)
-    found = {} if a is None else {"a": a}
-    return found | {f"s_{k}": s for k, s in (nonuniformity(folder) or {}).items()}
+def _notes(report: Report) -> list[str]:
+    outcomes = report.outcomes
+    notes = []
+    if any(outcome.metric.half_width is not None for outcome in outcomes):
+        notes.append("±: 95 % Student-t interval over seeds.")
+    if any(outcome.metric.n == 1 for outcome in outcomes):
+        notes.append("One seed gives no interval; use --seeds 3 or more.")
+    if any(outcome.improvement for outcome in outcomes):
+        better = "" if report.higher_is_better else "; positive: a lower loss with SAM"
+        notes.append(f"Improvement: of SAM over its base optimizer, paired by seed{better}.")
+    if any(outcome.rho is not None and outcome.improvement is None for outcome in outcomes):
+        notes.append("SAM has no improvement where its base optimizer was not run with the same seeds.")
+    if not any(outcome.interpolating for outcome in outcomes):
+        notes.append("No run interpolates: training loss below 1e-3, every label fitted.")
+    for names, state, relevant in (
+        (report.unfinished, "not finished", True),
+        (report.unmeasured, "without a converged λ_max", _has_sharpness(report)),
+        (report.without_moments, "without converged moments", any(outcome.nonuniformity for outcome in outcomes)),
+    ):
+        if names and relevant:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            notes.append(f"{len(names)} runs {state}: {', '.join(names[:4])}{more}.")
+    return notes
 
 
-def _row(
-    condition: dict[str, float],
-    results: dict[Config, dict[str, Any]],
-    minima: dict[Config, dict[str, float]],
-    task: tasks.Task,
-) -> Row:
-    by_rho: dict[str, dict[float, list[Config]]] = defaultdict(lambda: defaultdict(list))
-    for cell in results:
-        by_rho[cell.label][cell.rho].append(cell)
-    chosen = {name: _best_on_validation(list(of.values()), results, task) for name, of in by_rho.items()}
-    optimizers = {
-        name: _outcome(cells, by_rho[name], chosen.get(cells[0].base, []), results, minima, task)
-        for name, cells in chosen.items()
-    }
-    return Row(next(iter(results)).width, next(iter(results.values()))["parameters"], condition, optimizers)
+# --- The figure
 
 
-def _outcome(
-    cells: list[Config],
-    by_rho: dict[float, list[Config]],
-    base: list[Config],
-    results: dict[Config, dict[str, Any]],
-    minima: dict[Config, dict[str, float]],
-    task: tasks.Task,
-) -> Outcome:
-    """Of the runs of one optimizer, compared with those of its base if it is SAM."""
-    final = {cell: results[cell]["final"]["test_metric"] for cell in (*cells, *base)}
-    metric = Interval.of(final[cell] for cell in cells)
-    best = Interval.of(results[cell]["best"]["test_metric"] for cell in cells)
-    assert metric and best  # a group of runs is never empty
-    sam = cells[0].optimizer in FAMILY
-    of_seed = {cell.seed: cell for cell in base}
-    pairs = [(cell, of_seed[cell.seed]) for cell in cells if cell.seed in of_seed] if sam else []
-    sign = 1 if task.higher_is_better else -1
-    values: dict[str, list[float]] = defaultdict(list)
-    for cell in cells:
-        for name, value in minima[cell].items():
-            values[name].append(value)
-    return Outcome(
-        metric,
-        best,
-        sum(results[cell]["interpolates"] for cell in cells),
-        cells[0].rho if sam else None,
-        {
-            rho: interval
-            for rho, of in sorted(by_rho.items())
-            if sam and (interval := Interval.of(results[cell]["final"]["validation_metric"] for cell in of))
-        },
-        Interval.of(sign * (final[cell] - final[other]) for cell, other in pairs),
-        Interval.of(values["a"]),
-        {
-            name.removeprefix("s_"): interval
-            for name, sample in sorted(values.items())
-            if name != "a" and (interval := Interval.of(sample))
-        },
-        {name: mean for name, sample in sorted(values.items()) if (mean := Geometric.of(sample))},
-        {name: comparison for name in sorted(values) if (comparison := Comparison.of(_both(name, pairs, minima)))},
-    )
+def draw(report: Report, path: Path | str) -> None:
+    """Draw SAM's improvement against the number of parameters, and beside it each quantity that was measured.
+
+    Bands are 95 % intervals. The file's suffix decides the format. Raises UsageError where there is no improvement.
+    """
+    outcomes = report.outcomes
+    if not any(outcome.improvement for outcome in outcomes):
+        raise UsageError("a figure needs SAM and its base optimizer with the same seed, at one width at least")
+    names = sorted({name for outcome in outcomes for name in outcome.geometric})
+    several_rhos = any(len(outcome.validation) > 1 for outcome in outcomes)
+    layout, size = _layout([*names, "rho"] if several_rhos else names)
+    with new_figure(path, size) as figure:
+        panels = figure.subplot_mosaic(layout)
+        _draw_improvement(panels["improvement"], report)
+        for name in names:
+            _draw_quantity(panels[name], report, name)
+        if several_rhos:
+            _draw_best_rho(panels["rho"], report)
+        if len(_curves(report)) > 1:
+            # where every optimizer is drawn, if some was measured
+            drawn = (panels[name] for name in (*names, "improvement"))
+            next(panel for panel in drawn if panel.get_legend_handles_labels()[1]).legend(fontsize=9)
+        for panel in panels.values():
+            label_parameters(panel, sorted({row.parameters for row in report.rows}))
+        figure.suptitle(f"{report.task}: SAM by width ({_seeds(outcomes)})")
 
 
-def _both(
-    name: str, pairs: list[tuple[Config, Config]], minima: dict[Config, dict[str, float]]
-) -> Iterator[tuple[float, float]]:
-    """The quantity of this name at both ends of each pair that has it there."""
-    for one, other in pairs:
-        if name in minima[one] and name in minima[other]:
-            yield minima[one][name], minima[other][name]
+def _seeds(outcomes: Sequence[Outcome]) -> str:
+    counts = {outcome.metric.n for outcome in outcomes}
+    span = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    return f"{span} seeds; bands: 95 % intervals" if max(counts) > 1 else f"{span} seed; no intervals"
 
 
-def _best_on_validation(
-    groups: list[list[Config]], results: dict[Config, dict[str, Any]], task: tasks.Task
-) -> list[Config]:
-    """The runs of one rho: only those with the most seeds compete, for no rho to win by a lucky few."""
-    most = max(map(len, groups))
+def _layout(names: list[str]) -> tuple[list[Any], tuple[float, float]]:
+    """Rows of panels, and the size of the figure in inches: the improvement, and the quantities in two rows."""
+    if len(names) < 2:
+        return [["improvement", *names]], (5.2 if not names else 8.6, 3.6)
+    if len(names) % 2:
+        names = [*names, "."]
+    half = len(names) // 2
+    return [["improvement", *names[:half]], ["improvement", *names[half:]]], (4.4 + 2.9 * half, 5.2)
 
-    def rank(cells: list[Config]) -> tuple[float, float]:
-        ends = [results[cell]["final"] for cell in cells]
-        metric = mean(end["validation_metric"] for end in ends)
-        return task.rank(metric, mean(end["validation_loss"] for end in ends))
 
-    return max((cells for cells in groups if len(cells) == most), key=rank)
+def _draw_improvement(panel: "Axes", report: Report) -> None:
+    scale = percent(report.metric)
+    panel.axhline(0, **REFERENCE)
+    for label, (color, outcomes) in _curves(report).items():
+        gains = [(count, outcome.improvement) for count, outcome in outcomes if outcome.improvement]
+        means = [(count, scale * gain.mean) for count, gain in gains]
+        halves = [(count, gain.mean, gain.half_width) for count, gain in gains if gain.half_width is not None]
+        band = [(count, scale * (mean - half), scale * (mean + half)) for count, mean, half in halves]
+        draw_curve(panel, label, color, means, band)
+    panel.set_title("improvement by SAM")
+    unit = " (points)" if scale == 100 else " (decrease)" if report.metric == "loss" else ""
+    panel.set_ylabel(f"test {report.metric.replace('_', ' ')}{unit}")
+
+
+def _draw_quantity(panel: "Axes", report: Report, name: str) -> None:
+    """Geometric means on two logarithmic axes; none is drawn where a value is 0."""
+    panel.set_yscale("log")
+    for label, (color, outcomes) in _curves(report).items():
+        values = [(count, outcome.geometric[name]) for count, outcome in outcomes if name in outcome.geometric]
+        means = [(count, value.mean) for count, value in values if value.mean is not None]
+        band = [(n, value.low, value.high) for n, value in values if value.low is not None and value.high is not None]
+        draw_curve(panel, label, color, means, band)
+    label_values(panel)
+    panel.set_ylabel("geometric mean", fontsize=9)
+    panel.set_title(r"sharpness $a = \lambda_\mathrm{max}$" if name == "a" else f"non-uniformity ${name}$")
+
+
+def _draw_best_rho(panel: "Axes", report: Report) -> None:
+    """The rho selected on validation, where several were tried."""
+    for label, (color, outcomes) in _curves(report).items():
+        best = [(count, outcome.rho) for count, outcome in outcomes if len(outcome.validation) > 1 and outcome.rho]
+        draw_curve(panel, label, color, best, [])
+    tried = sorted({rho for outcome in report.outcomes for rho in outcome.validation if rho})
+    panel.set_yscale("log")
+    panel.set_yticks(tried, [f"{rho:g}" for rho in tried])
+    panel.set_ylim(tried[0] / 1.3, tried[-1] * 1.3)
+    panel.minorticks_off()
+    panel.set_title(r"best $\rho$ on validation")
+
+
+def _curves(report: Report) -> dict[str, tuple[str, list[tuple[int, Outcome]]]]:
+    """For each optimizer and condition its color, the same in every panel, and its outcomes by parameters."""
+    curves: dict[str, list[tuple[int, Outcome]]] = {}
+    for row in report.rows:
+        for name, outcome in row.optimizers.items():
+            optimizer = name.upper() if name in ("sgd", "sam") else name
+            label = ", ".join(part for part in (optimizer, described(row.condition.items())) if part)
+            curves.setdefault(label, []).append((row.parameters, outcome))
+    return {label: (color, curves[label]) for label, color in colors(list(curves)).items()}

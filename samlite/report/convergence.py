@@ -10,14 +10,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import correlation, linear_regression
-from typing import Any
+from statistics import correlation, linear_regression, mean
+from typing import TYPE_CHECKING
 
 from samlite.intervals import Interval
-from samlite.report.groups import Group, document, groups
+from samlite.report.canvas import colors, panels_by_place
+from samlite.report.groups import Group, groups, place, place_columns
+from samlite.report.table import Table, interval
 from samlite.training.runs import read_records, read_result
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 FLOOR = 1e-6  # losses below are rounding of float32
+STRAIGHT = 0.95  # an R² that counts as a straight line
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Convergence:
-    """Of the runs of a group."""
+    """The convergence of the runs of a group."""
 
     group: Group
     parameters: int
@@ -41,21 +47,18 @@ class Convergence:
     rate: Interval | None  # a step
     r2: Interval | None
 
-    def to_json(self) -> dict[str, Any]:
-        return document(self)
-
 
 def convergence(folder: Path | str) -> list[Convergence]:
-    """Of every group of a sweep's finished runs. Raises UsageError where there are none."""
+    """The convergence of every group of a sweep's finished runs. Raises UsageError where there are none."""
     folder = Path(folder)
-    found = []
+    results = []
     for group, cells in groups(folder).items():
         curves = [_curve(folder / cell.name, cell.seed) for cell in cells]
         parameters = read_result(folder / cells[0].name, "parameters")["parameters"]
         rates = Interval.of(curve.rate for curve in curves if curve.rate is not None)
         straight = Interval.of(curve.r2 for curve in curves if curve.r2 is not None)
-        found.append(Convergence(group, parameters, curves, rates, straight))
-    return found
+        results.append(Convergence(group, parameters, curves, rates, straight))
+    return results
 
 
 def fit(steps: Sequence[float], losses: Sequence[float]) -> tuple[float, float] | None:
@@ -70,7 +73,64 @@ def fit(steps: Sequence[float], losses: Sequence[float]) -> tuple[float, float] 
 
 
 def _curve(folder: Path, seed: int) -> Curve:
-    found = read_records(folder, "steps", "train_loss")
-    steps, losses = [record["steps"] for record in found], [record["train_loss"] for record in found]
+    records = read_records(folder, "steps", "train_loss")
+    steps, losses = [record["steps"] for record in records], [record["train_loss"] for record in records]
     line = fit(steps, losses)
     return Curve(seed, steps, losses, *(line or (None, None)))
+
+
+def tables(results: Sequence[Convergence]) -> list[Table]:
+    """The rate of every group, and how straight its curves are."""
+    return [
+        Table(
+            "linear convergence: ln(training loss) against the step",
+            [*place_columns(results), ">n", ">rate (1e-3 a step)", ">R²"],
+            [[*place(each), str(len(each.curves)), interval(each.rate, 1e3), interval(each.r2)] for each in results],
+            keys=len(place_columns(results)) - 1,
+            notes=["Rate: fall of ln(loss) a step, by least squares over all epochs; ±: 95 % Student-t over seeds."],
+        )
+    ]
+
+
+def verdict(results: Sequence[Convergence]) -> str:
+    """Whether training with SAM converges linearly, and faster with width."""
+    known = [each for each in results if each.rate and each.r2 and each.group.rho is not None]
+    if not known:
+        return "no run of SAM has enough epochs for a rate"
+    straight = ", ".join(f"{each.r2.mean:.3f} at width {each.group.width}" for each in known if each.r2)
+    rates = [each.rate.mean for each in known if each.rate]
+    faster = "grows with width" if rates == sorted(rates) else "does not grow steadily with width"
+    agrees = min(each.r2.mean for each in known if each.r2) >= STRAIGHT
+    end = "this agrees" if agrees else "a straight line is no more than a rough description here"
+    return f"under SAM R² of the straight line is {straight}, and its rate {faster}: {end}"
+
+
+def draw(results: Sequence[Convergence], path: Path | str) -> None:
+    """A panel a width and condition: the loss of every run, and for each group its mean rate, dashed."""
+    color = colors([each.group.label for each in results])
+    with panels_by_place(path, results, "Linear convergence (dashed: mean rate)", share_y=True) as places:
+        for panel, here in places:
+            for each in here:
+                _draw_group(panel, each, color[each.group.label])
+            panel.set(yscale="log", xlabel="step")
+            panel.legend()
+        places[0][0].set_ylabel("training loss")
+
+
+def _draw_group(panel: "Axes", result: Convergence, color: str) -> None:
+    label: str | None = result.group.label
+    if result.r2:
+        label = f"{label}, R² {result.r2.mean:.3f}"
+    points = []
+    for curve in result.curves:
+        kept = [(step, loss) for step, loss in zip(curve.steps, curve.losses, strict=True) if loss > FLOOR]
+        if kept:
+            panel.plot(*zip(*kept, strict=True), color=color, linewidth=1, alpha=0.7, label=label)
+            label = None
+        points += kept
+    if result.rate is None:
+        return
+    rate = result.rate.mean
+    start = mean(math.log(loss) + rate * step for step, loss in points)  # the line of that rate nearest to all points
+    ends = [min(step for step, _ in points), max(step for step, _ in points)]
+    panel.plot(ends, [math.exp(start - rate * step) for step in ends], "--", color=color)

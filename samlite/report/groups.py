@@ -1,6 +1,6 @@
 """The runs of a sweep that differ by their seed alone."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,12 @@ class Group:
     @property
     def method(self) -> str:
         """Such as: sam ρ=0.1."""
-        return self.optimizer if self.rho is None else f"{self.optimizer} ρ={self.rho:g}"
+        return method(self.optimizer, self.rho)
+
+
+def method(optimizer: str, rho: float | None) -> str:
+    """An optimizer with its radius, if it has one."""
+    return optimizer if rho is None else f"{optimizer} ρ={rho:g}"
 
 
 def groups(folder: Path) -> dict[Group, list[Config]]:
@@ -39,17 +44,30 @@ def groups(folder: Path) -> dict[Group, list[Config]]:
     if not done:
         raise UsageError(f"{folder} must hold a finished run; repeat its sweep")
     varied = varying(cells)
-    found: dict[Group, list[Config]] = {}
+    cells_of: dict[Group, list[Config]] = {}
     for cell in done:
         rho = cell.rho if cell.optimizer in FAMILY else None
-        found.setdefault(Group(condition_of(cell, varied), cell.width, cell.label, rho), []).append(cell)
-    return {group: found[group] for group in sorted(found, key=lambda group: (group.condition, group.width))}
+        cells_of.setdefault(Group(condition_of(cell, varied), cell.width, cell.label, rho), []).append(cell)
+    return {group: cells_of[group] for group in sorted(cells_of, key=lambda group: (group.condition, group.width))}
 
 
-def document(found: Any) -> dict[str, Any]:
-    """What was found of a group as plain values, for JSON."""
-    group = found.group
-    return {**asdict(found), "group": {**asdict(group), "condition": dict(group.condition)}}
+def document(results: Iterable[Any]) -> list[dict[str, Any]]:
+    """Results, each of a group, as plain values for JSON."""
+    return [
+        {**asdict(each), "group": {**asdict(each.group), "condition": dict(each.group.condition)}} for each in results
+    ]
+
+
+def place_columns(results: Sequence[Any]) -> list[str]:
+    """The headings of what `place` says: condition, width, parameters, optimizer."""
+    conditions = [f">{name.replace('_', ' ')}" for name, _ in results[0].group.condition]
+    return [*conditions, ">width", ">params", "optimizer"]
+
+
+def place(result: Any) -> list[str]:
+    """The first cells of a result's row in a table: which group it is about."""
+    group = result.group
+    return [*(f"{value:g}" for _, value in group.condition), str(group.width), f"{result.parameters:,}", group.method]
 
 
 def varying(cells: Iterable[Config]) -> list[str]:

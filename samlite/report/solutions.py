@@ -6,7 +6,7 @@ same first weights. Distances are Euclidean over all parameters that are trained
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import stdev
@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from samlite import tasks
+from samlite.errors import UsageError
 from samlite.intervals import Interval
-from samlite.report.groups import Group, document, groups
+from samlite.report.canvas import colors, draw_curve, label_parameters, new_figure
+from samlite.report.groups import Group, groups, place, place_columns
+from samlite.report.table import Table, interval, number
 from samlite.tasks import Splits
 from samlite.training import network
 from samlite.training.config import Config, task_of
@@ -29,7 +32,7 @@ from samlite.training.sparsity import masks_in
 
 @dataclass(frozen=True)
 class Solutions:
-    """Of the interpolating runs of a group."""
+    """The solutions that the interpolating runs of a group found."""
 
     group: Group
     parameters: int
@@ -42,12 +45,9 @@ class Solutions:
     relative: Interval | None  # the same over the norm of the first weights
     apart: Interval | None  # of SAM: from the base optimizer's solution of the same seed, where that interpolates too
 
-    def to_json(self) -> dict[str, Any]:
-        return document(self)
-
 
 def solutions(folder: Path | str) -> list[Solutions]:
-    """Of every group of a sweep's finished runs. Raises UsageError where there are none."""
+    """The solutions of every group of a sweep's finished runs. Raises UsageError where there are none."""
     folder = Path(folder)
     grouped = groups(folder)
     needed = ("interpolates", "parameters", "final.test_metric")
@@ -79,28 +79,28 @@ def _solutions(
     inside = [cell for cell in cells if results[cell]["interpolates"]]
     metrics = [results[cell]["final"]["test_metric"] for cell in inside]
     sharp = [math.log(a) for cell in inside if (a := sharpness(folder / cell.name)) is not None and a > 0]
-    of_seed, task = {cell.seed: cell for cell in base}, tasks.get(cells[0].task)
+    base_of_seed, task = {cell.seed: cell for cell in base}, tasks.get(cells[0].task)
     moved, shares, apart = [], [], []
     for cell in inside:
         final = _final(cell, folder, data)
         weights, first = _flat(final), _flat(network.initial(task, cell, data, masks_in(final.state_dict())))
         moved.append(float(torch.dist(weights, first)))
         shares.append(moved[-1] / float(first.norm()))
-        if cell.seed in of_seed:
-            other = _flat(_final(of_seed[cell.seed], folder, data))
+        if cell.seed in base_of_seed:
+            other = _flat(_final(base_of_seed[cell.seed], folder, data))
             if len(other) == len(weights):  # SNIP may choose other masks on another machine
                 apart.append(float(torch.dist(weights, other)))
     return Solutions(
-        group,
-        results[cells[0]]["parameters"],
-        len(cells),
-        len(inside),
-        Interval.of(metrics),
-        _spread(metrics),
-        _spread(sharp),
-        Interval.of(moved),
-        Interval.of(shares),
-        Interval.of(apart),
+        group=group,
+        parameters=results[cells[0]]["parameters"],
+        runs=len(cells),
+        interpolating=len(inside),
+        metric=Interval.of(metrics),
+        metric_spread=_spread(metrics),
+        sharpness_spread=_spread(sharp),
+        travelled=Interval.of(moved),
+        relative=Interval.of(shares),
+        apart=Interval.of(apart),
     )
 
 
@@ -116,3 +116,72 @@ def _flat(model: nn.Module) -> Tensor:
 def _spread(values: Iterable[float]) -> float | None:
     sample = list(values)
     return stdev(sample) if len(sample) > 1 else None
+
+
+def tables(results: Sequence[Solutions]) -> list[Table]:
+    """How the interpolating solutions spread, how far they travelled, how far apart they are."""
+    return [
+        Table(
+            "interpolating solutions by width",
+            [
+                *place_columns(results),
+                *(">interpolate", ">test metric", ">spread", ">spread of ln a", ">‖w − w₀‖", ">to base"),
+            ],
+            [
+                [
+                    *place(each),
+                    f"{each.interpolating} of {each.runs}",
+                    interval(each.metric),
+                    number(each.metric_spread),
+                    number(each.sharpness_spread),
+                    interval(each.travelled),
+                    interval(each.apart),
+                ]
+                for each in results
+            ],
+            keys=len(place_columns(results)) - 1,
+            notes=[
+                "Spread: standard deviation over seeds. ‖w − w₀‖: from the first weights. To base: from SAM's solution "
+                "to that of its base optimizer, from the same first weights. ±: 95 % Student-t over seeds."
+            ],
+        )
+    ]
+
+
+def verdict(results: Sequence[Solutions]) -> str:
+    """How many runs interpolate, and how far SAM's solutions are from its base's beside the way from the start."""
+    inside, runs = sum(each.interpolating for each in results), sum(each.runs for each in results)
+    shares = [
+        f"{each.apart.mean / each.travelled.mean:.2g} at width {each.group.width} ({each.group.label})"
+        for each in results
+        if each.apart and each.travelled and each.travelled.mean > 0
+    ]
+    text = f"{inside} of {runs} runs interpolate"
+    if not shares:
+        return text
+    return f"{text}; SAM's solution is this far from its base's, over its way from the start: {', '.join(shares)}"
+
+
+def draw(results: Sequence[Solutions], path: Path | str) -> None:
+    """Three panels of the interpolating runs. Raises UsageError where there are none."""
+    inside = [each for each in results if each.interpolating]
+    if not inside:
+        raise UsageError("a figure of solutions needs runs that interpolate; train wider networks, or for longer")
+    with new_figure(path, (9.6, 3.4)) as figure:
+        travelled, apart, spread = figure.subplots(1, 3)
+        for label, color in colors([each.group.label for each in inside]).items():
+            here = [each for each in inside if each.group.label == label]
+            for panel, name in ((travelled, "travelled"), (apart, "apart")):
+                values = [(each.parameters, getattr(each, name)) for each in here if getattr(each, name)]
+                halves = [(count, value.mean, value.half_width) for count, value in values if value.half_width]
+                band = [(count, middle - half, middle + half) for count, middle, half in halves]
+                draw_curve(panel, label, color, [(count, value.mean) for count, value in values], band)
+            spreads = [(each.parameters, each.metric_spread) for each in here if each.metric_spread is not None]
+            draw_curve(spread, label, color, spreads, [])
+        travelled.set_title("distance from the first weights")
+        apart.set_title("from SAM's to its base's solution")
+        spread.set_title("spread of the test metric over seeds")
+        for panel in (travelled, apart, spread):
+            label_parameters(panel, sorted({each.parameters for each in inside}))
+        travelled.legend()
+        figure.suptitle("Interpolating solutions by width (bands: 95 % intervals)")

@@ -8,6 +8,16 @@ import torch
 from torch import Tensor
 
 
+def percent(metric: str) -> int:
+    """The factor by which people read a metric: 100 for a fraction, which they read in percent, else 1."""
+    return 100 if metric in ("accuracy", "average_precision", "roc_auc") else 1
+
+
+def spelled(metric: str) -> str:
+    """A metric's name with its unit, as a heading: accuracy %."""
+    return metric.replace("_", " ") + (" %" if percent(metric) == 100 else "")
+
+
 class Accuracy:
     """The fraction of targets whose class has the largest output; negative targets do not count.
 

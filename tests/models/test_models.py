@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from samlite.models import mlp, parameter_count, resnet18, resnet50, tapered_mlp, vit
+from samlite.models import count_in_short, mlp, parameter_count, resnet18, resnet50, tapered_mlp, vit
 from samlite.models.resnet import Normalize, basic
 from samlite.models.vit import HEADS, Attention
 
@@ -127,3 +127,10 @@ def test_a_vit_knows_where_its_patches_are() -> None:
 def test_a_vit_of_a_width_that_its_heads_do_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="width must be a multiple of 4, the number of heads, got 30"):
         vit(30, **SIZED)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(587, "587"), (2563, "2.6k"), (14307, "14k"), (99841, "100k"), (5366010, "5.4M"), (3e9, "3.0B")]
+)
+def test_numbers_of_parameters_are_shortened(count: float, text: str) -> None:
+    assert count_in_short(count) == text

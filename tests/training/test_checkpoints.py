@@ -18,7 +18,7 @@ from torch import nn
 
 from samlite import files
 from samlite.files import claimed, locked, read_json, replacing, write_json
-from samlite.report.figures import canvas
+from samlite.report.canvas import new_figure
 from samlite.training.checkpoints import (
     load_checkpoint,
     load_model_weights,
@@ -164,9 +164,8 @@ def test_a_disk_that_is_full_leaves_the_old_file_alone_and_nothing_beside_it(tmp
             write_json(path, {"new": "x" * 1000})
         with pytest.raises(OSError):
             save_checkpoint(path, STATE)
-        figure = canvas.new_figure((1, 1))
-        with pytest.raises(OSError):
-            canvas.save(figure, tmp_path / "figure.png")
+        with pytest.raises(OSError), new_figure(tmp_path / "figure.png", (1, 1)):
+            pass
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, ignored)
