@@ -21,7 +21,7 @@ import torch
 from samlite.report import verdicts
 from samlite.report.claims import CLAIMS
 from samlite.report.outcomes import summarize
-from samlite.sweep.run import read
+from samlite.sweep.grid import read_cells
 
 TOOLS = Path(__file__).resolve().parent
 DOCS, RUNS = TOOLS.parent / "docs", TOOLS.parent / "runs" / "results"
@@ -97,7 +97,7 @@ def _processor() -> str:
 
 
 def _longest(finished: list[Experiment]) -> float:
-    folders = [each.folder / cell.name for each in finished for cell in read(each.folder)]
+    folders = [each.folder / cell.name for each in finished for cell in read_cells(each.folder)]
     return max(json.loads((folder / "result.json").read_text())["seconds"] for folder in folders)
 
 
