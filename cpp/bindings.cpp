@@ -63,9 +63,16 @@ Eigenpairs eigenpairs(Operator& operation, Options options, const std::string& w
   return lanczos(product(operation), operation.like(), p, options);
 }
 
-Traces traces_of(Operator& operation, int64_t order, int64_t watched, const ProbeOptions& options) {
+std::shared_ptr<TraceProbes> make_probes(const std::shared_ptr<Operator>& operation, int64_t order, int64_t deflation,
+                                         uint64_t seed, int64_t limit) {
   const c10::AutoGradMode no_grad(false);
-  return power_traces(product(operation), operation.like(), operation.numel(), order, watched, options);
+  const auto multiply = [operation](const Tensor& v) { return operation->apply(v); };
+  return std::make_shared<TraceProbes>(multiply, operation->like(), operation->numel(), order, deflation, seed, limit);
+}
+
+int64_t draw(TraceProbes& probes, int64_t more) {
+  const c10::AutoGradMode no_grad(false);
+  return probes.draw(more);
 }
 
 Measure measure_of(Operator& operation, const Tensor& start, int64_t steps) {
@@ -217,22 +224,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("eigenpairs", torch::wrap_pybind_function_no_gil(eigenpairs), py::arg("operator"), py::arg("options"),
         py::arg("which") = "LA", py::arg("method") = "lanczos");
 
-  py::class_<Traces>(m, "Traces")
-      .def_readonly("values", &Traces::values)
-      .def_readonly("errors", &Traces::errors)
-      .def_readonly("unit", &Traces::unit)
-      .def_readonly("probes", &Traces::probes)
-      .def_readonly("matvecs", &Traces::matvecs)
-      .def_readonly("converged", &Traces::converged);
-  py::class_<ProbeOptions>(m, "ProbeOptions")
-      .def(py::init([](double tol, int64_t max_matvecs, int64_t deflation, uint64_t seed,
-                       std::function<void(int64_t, double)> progress) {
-             return ProbeOptions{tol, max_matvecs, deflation, seed, progress};
-           }),
-           py::kw_only(), py::arg("tol"), py::arg("max_matvecs"), py::arg("deflation"), py::arg("seed"),
-           py::arg("progress"));
-  m.def("power_traces", torch::wrap_pybind_function_no_gil(traces_of), py::arg("operator"), py::arg("order"),
-        py::arg("watched"), py::arg("options"));
+  py::class_<TraceProbes, std::shared_ptr<TraceProbes>>(m, "TraceProbes")
+      .def("draw", torch::wrap_pybind_function_no_gil(draw), py::arg("more"))
+      .def_property_readonly("samples", &TraceProbes::samples)
+      .def_property_readonly("known", &TraceProbes::known)
+      .def_property_readonly("magnitude", &TraceProbes::magnitude)
+      .def_property_readonly("exhausted", &TraceProbes::exhausted)
+      .def_property_readonly("matvecs", &TraceProbes::matvecs)
+      .def("unit", torch::wrap_pybind_function_no_gil(&TraceProbes::unit));
+  m.def("trace_probes", torch::wrap_pybind_function_no_gil(make_probes), py::arg("operator"), py::arg("order"),
+        py::arg("deflation"), py::arg("seed"), py::arg("limit"));
   py::class_<Measure>(m, "Measure")
       .def_readonly("nodes", &Measure::nodes)
       .def_readonly("weights", &Measure::weights)

@@ -148,32 +148,21 @@ class Mixture(Operator):
 
 def eigenpairs(operator: Operator, options: Options, which: str = "LA", method: str = "lanczos") -> Eigenpairs: ...
 
-class Traces:
+class TraceProbes:
+    def draw(self, more: int) -> int: ...
+    def unit(self) -> float: ...  # samples are of tr((H / unit)^j)
     @property
-    def values(self) -> list[float]: ...  # of tr((H / unit)^j)
+    def samples(self) -> Tensor: ...  # (probes, order)
     @property
-    def errors(self) -> list[float]: ...
+    def known(self) -> Tensor: ...  # (order,)
     @property
-    def unit(self) -> float: ...
+    def magnitude(self) -> Tensor: ...  # (order,)
     @property
-    def probes(self) -> int: ...
+    def exhausted(self) -> bool: ...
     @property
     def matvecs(self) -> int: ...
-    @property
-    def converged(self) -> bool: ...
 
-class ProbeOptions:
-    def __init__(
-        self,
-        *,
-        tol: float,
-        max_matvecs: int,
-        deflation: int,
-        seed: int,
-        progress: Function[[int, float], None] | None,
-    ) -> None: ...
-
-def power_traces(operator: Operator, order: int, watched: int, options: ProbeOptions) -> Traces: ...
+def trace_probes(operator: Operator, order: int, deflation: int, seed: int, limit: int) -> TraceProbes: ...
 
 class Measure:
     @property

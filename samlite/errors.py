@@ -15,3 +15,9 @@ def in_one_line(error: BaseException) -> str:
     else:
         text = f"internal error: {type(error).__name__}: {error}; SAMLITE_DEBUG=1 shows where"
     return " ".join(text.split()) or type(error).__name__
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UsageError with this message unless the condition holds."""
+    if not condition:
+        raise UsageError(message)

@@ -48,7 +48,7 @@ def test_another_torch_version_gives_one_line_with_the_command_that_rebuilds() -
     done = run("""
 import torch
 torch.__version__ = "2.99.0"
-from samlite.curvature.operator import compiled
+from samlite.curvature.compiled import compiled
 try:
     compiled()
 except ImportError as error:
@@ -136,7 +136,7 @@ def test_the_torch_to_build_for_is_found_without_importing_it() -> None:
 
 
 def test_the_stub_names_what_the_compiled_module_has() -> None:
-    from samlite.curvature.operator import compiled
+    from samlite.curvature.compiled import compiled
 
     stub = ast.parse((ROOT / "samlite" / "_C.pyi").read_text())
     for node in stub.body:

@@ -5,14 +5,13 @@ unless asked otherwise, in full float32 or float64, with no dropout, shuffling o
 model, a loss and data into that function, batch by batch; `samlite._C` differentiates it.
 """
 
-import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from functools import cached_property
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -22,44 +21,33 @@ from torch.overrides import TorchFunctionMode
 
 from samlite.batches import described, is_pair, mapped, placed, rows, samples, tensors
 from samlite.curvature.capture.plan import UncoveredError
+from samlite.curvature.compiled import compiled
+from samlite.curvature.criterion import Loss, as_function
 from samlite.curvature.memory import operations_behind
 from samlite.curvature.neutral import neutral
-from samlite.curvature.operator import compiled
-from samlite.curvature.untouched import Draws, modules_in, untouched
+from samlite.curvature.stream import PROBE, Data, End, Stream, reason
+from samlite.curvature.untouched import modules_in, untouched
 from samlite.errors import UsageError
 
-PROBE = 64  # rows that are evaluated to check the function and to size its graph
-_CHUNK = 1024  # rows of a pair of tensors that are differentiated together, where their graph fits
-_GRAPH = 2**28  # bytes of the graph of such a chunk: larger graphs are returned to the system on every free
 _DRIFT = 1e-4  # relative change of a loss that is more than rounding in float32
 
-Loss = Callable[[nn.Module, Any], Any] | nn.Module
-Data = tuple[Tensor, Tensor] | Iterable[Any]
 
-
-class End:
-    """Stands behind the last batch: a data set may hold None."""
-
-
-class Losses:
+class Losses(Stream):
     """The losses of a data set's batches, each times its number of samples, with a graph down to the parameters.
 
     Args:
         loss_fn: ``loss_fn(model, batch)`` giving the mean loss or (mean loss, weight), or a loss module.
-        data: an (inputs, targets) pair of tensors, cut into chunks of ``chunk`` rows, or a re-iterable of batches.
+        data: as of `Stream`.
         parameters: those to differentiate by; everything else is a constant.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Loss, data: Data, parameters: list[nn.Parameter], mode: str) -> None:
-        self.model, self.data, self.parameters, self.mode = model, checked_data(data), parameters, mode
-        self._loss_fn, self.loss = loss_fn, _as_function(loss_fn, model, like=parameters[0])
+        super().__init__(data)
+        self.model, self.parameters, self.mode = model, parameters, mode
+        self._loss_fn, self.loss = loss_fn, as_function(loss_fn, model, like=parameters[0])
         self.held = modules_in(self.loss)
         self._writes = False  # the loss writes into its batch
         self._first: tuple[float, list[Any]] | None = None  # the loss of the first batch, and the weights' state
-        self.cut(len(self.data[0]) if is_pair(self.data) else 0)
-        self._stream: Iterator[Any] = iter(())
-        self._index = self._passes = 0
-        self._draws: Draws | None = None
 
     @property
     def divisible(self) -> bool:
@@ -69,7 +57,7 @@ class Losses:
     def again(self) -> "Losses":
         """The same losses with a cut and a stream of their own."""
         twin = copy(self)
-        twin.cut(len(self.data[0]) if is_pair(self.data) else 0)
+        twin.whole()
         return twin
 
     def doubled(self) -> "Losses":
@@ -94,48 +82,6 @@ class Losses:
         values = torch.stack([n.double().to(norms[0].device) for n in norms]).tolist() if norms else []
         return [*((t._version, t.data_ptr()) for t in tracked), *((v,) for v in values)]
 
-    # --- The stream
-
-    def cut(self, rows: int, single: bool = False) -> None:
-        """Cut a pair of tensors into chunks of so many rows; `single` gives every sample as a batch of its own."""
-        self.chunk = rows
-        self._single = single
-        self._weights: list[float] = []  # of the batches evaluated so far
-
-    def fit(self, measure: Callable[[Any], int], memory: int) -> None:
-        """Cut a pair of tensors into as many rows a chunk as fit into the memory; `measure` gives a batch's bytes."""
-        size = len(self.data[0])
-        self.cut(min(size, PROBE))
-        self.rewind(0)
-        bytes_a_row = measure(self.next_batch()) / self.chunk
-        self.cut(max(1, min(size, _CHUNK, int(min(memory, _GRAPH) / max(bytes_a_row, 1)))))
-
-    def forget(self) -> None:
-        """Let `total` take a batch that is not of the stream."""
-        self._weights, self._index = [], -1
-
-    def rewind(self, batch: int) -> None:
-        """Go to a batch: `next_batch` gives it."""
-        self._passes += 1
-        # What draws at random draws otherwise in every pass, so that it shows, and leaves no trace.
-        self._draws = None if isinstance(self.data, list | tuple) else Draws(self._passes)
-        with self._drawing():
-            self._stream = islice(self._batches(), batch, None)
-        self._index = batch
-
-    def next_batch(self) -> Any:
-        """The batch, or `End` behind the last; `total` must follow."""
-        try:
-            with self._drawing():
-                return next(self._stream, End)
-        except Exception as error:  # of whatever the data are
-            if isinstance(error, UsageError):
-                raise
-            raise UsageError(f"data must give all batches, got {_reason(error)} at batch {self._index}") from error
-
-    def _drawing(self) -> AbstractContextManager[None]:
-        return self._draws.used() if self._draws else nullcontext()
-
     def total(self, batch: Any, capture: AbstractContextManager[Any] | None = None) -> tuple[Tensor, float]:
         """(Sum of the batch's losses, its number or weight of samples); with `capture` the weights are constants.
 
@@ -145,20 +91,20 @@ class Losses:
         before = compiled().sequence_number()
         with torch.enable_grad():
             value, weight = self._evaluate(batch, [] if capture else self.parameters, capture=capture)
-            index = max(self._index, 0)
-            if index == len(self._weights):  # reading it waits for the device: in the first pass only
-                self._weights.append(_checked_weight(weight, index))
-                if self._index == 0:
+            index = max(self.index, 0)
+            if index == len(self.weights):  # reading it waits for the device: in the first pass only
+                self.weights.append(_checked_weight(weight, index))
+                if self.index == 0:
                     self._check_first(value)
-            known = self._weights[index]
+            known = self.weights[index]
             # The mean over an empty batch is NaN; with weight 0 it must not contribute.
             total = value * known if known > 0 else value.nan_to_num() * 0
-        self._index += 1
+        self.index += 1
         compiled().drop_hooks([total], before)
         return total, known
 
     def _check_first(self, value: Tensor) -> None:
-        if self._first is None or is_pair(self.data) or self._single:
+        if self._first is None or is_pair(self.data) or self.single:
             return
         before, weights = self._first
         now = float(value.detach())
@@ -168,15 +114,6 @@ class Losses:
                 "the first batch; switch off shuffling, sampling and augmentation"
             )
 
-    def _batches(self) -> Iterator[Any]:
-        batches: Iterator[Any] = iter(self.data)
-        if is_pair(self.data):
-            inputs, targets = self.data
-            batches = zip(inputs.split(self.chunk), targets.split(self.chunk), strict=True)
-        if self._single:
-            return (rows(batch, slice(i, i + 1)) for batch in batches for i in range(samples(batch)))
-        return batches
-
     def _evaluate(
         self,
         batch: Any,
@@ -184,7 +121,7 @@ class Losses:
         seed: int = 0,
         capture: AbstractContextManager[Any] | None = None,
     ) -> tuple[Tensor, Any]:
-        where = f"batch {self._index}" if self._index > 0 else "the first batch"
+        where = f"batch {self.index}" if self.index > 0 else "the first batch"
         try:
             batch = placed(batch, self.parameters[0])
             if self._writes:
@@ -194,7 +131,7 @@ class Losses:
         except (UsageError, UncoveredError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of the model, the loss or the data, whatever they are
-            raise UsageError(f"the loss must be computable on {where}, got {_reason(error)}") from error
+            raise UsageError(f"the loss must be computable on {where}, got {reason(error)}") from error
         value, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             raise UsageError(
@@ -386,36 +323,6 @@ def _largest(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.detach().abs().max() for tensor in tensors if tensor.numel()]).max()
 
 
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def checked_data(data: Any) -> Any:
-    """The data, unless they are no (inputs, targets) pair of equal length and no re-iterable: ValueError says so."""
-    if isinstance(data, list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        raise UsageError(
-            "data must be a tuple (inputs, targets) or a re-iterable of batches, got a list of two tensors; "
-            "write (inputs, targets)"
-        )
-    if is_pair(data):
-        inputs, targets = data
-        if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets):
-            raise UsageError(
-                "inputs and targets must have the same number of rows, got shapes "
-                f"{tuple(inputs.shape)} and {tuple(targets.shape)}"
-            )
-        if len(inputs) == 0:
-            raise UsageError("data must hold at least one sample, got none")
-    elif isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise UsageError(f"data must be a tuple (inputs, targets) or a re-iterable of batches, got {described(data)}")
-    elif isinstance(data, Iterator):
-        raise UsageError(
-            "data must be re-iterable, as every product may pass over it, got an iterator; "
-            "pass a list of batches or a DataLoader"
-        )
-    return data
-
-
 def _checked_weight(weight: Any, batch: int) -> float:
     try:
         value = float(weight)
@@ -426,87 +333,3 @@ def _checked_weight(weight: Any, batch: int) -> float:
             f"the weight of a batch must be a finite number >= 0, got {described(weight)} on batch {batch}"
         )
     return value
-
-
-def _as_function(loss_fn: Any, model: nn.Module, like: Tensor) -> Callable[[nn.Module, Any], Any]:
-    """A loss as ``loss(model, batch) -> mean loss or (mean loss, weight)``."""
-    if isinstance(loss_fn, nn.Module):
-        return _Criterion(_beside(loss_fn, model, like))
-    if not callable(loss_fn):
-        raise UsageError(f"loss_fn must be a loss module or a function of (model, batch), got {described(loss_fn)}")
-    if getattr(loss_fn, "__module__", None) == "torch.nn.functional":
-        raise UsageError(
-            f"loss_fn must be a loss module or a function of (model, batch), got torch.nn.functional."
-            f"{loss_fn.__name__}; use its module, as torch.nn.CrossEntropyLoss()"
-        )
-    try:
-        inspect.signature(loss_fn).bind(None, None)
-    except TypeError as error:
-        raise UsageError(f"loss_fn must take (model, batch): {error}") from None
-    except ValueError:  # a builtin without a signature
-        pass
-    return loss_fn  # type: ignore[no-any-return]
-
-
-def _beside(criterion: nn.Module, model: nn.Module, like: Tensor) -> nn.Module:
-    """A loss module whose own tensors are on the device and of the type of `like`: itself, or a copy of it.
-
-    What it shares with the model, such as the weights that it penalises, is never copied.
-    """
-    shared: dict[int, Any] = {}
-    for module in model.modules():
-        shared |= {id(part): part for part in (module, *module._parameters.values(), *module._buffers.values())}
-
-    def fits(tensor: Tensor) -> bool:
-        return tensor.device == like.device and (tensor.dtype == like.dtype or not tensor.is_floating_point())
-
-    own = [t for t in chain(criterion.parameters(), criterion.buffers()) if id(t) not in shared]
-    if all(map(fits, own)):
-        return criterion
-    known = set(shared)
-    twin = deepcopy(criterion, shared)
-    for module in twin.modules():
-        if id(module) in known:
-            continue
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and id(tensor) not in known:
-                tensor.data = tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
-    return twin
-
-
-class _Criterion:
-    """criterion(model(inputs), targets) with the denominator that the criterion divides by as the weight."""
-
-    def __init__(self, criterion: nn.Module) -> None:
-        self.criterion = criterion
-        self.reduction = getattr(criterion, "reduction", "mean")
-        if self.reduction == "none":
-            raise UsageError("the reduction of the loss module must be 'mean' or 'sum', got 'none'")
-
-    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise UsageError(
-                f"a loss module needs batches (inputs, targets), got {described(batch)}; "
-                "pass a function of (model, batch) instead"
-            )
-        inputs, targets = batch
-        loss = self.criterion(model(inputs), targets)
-        if self.reduction == "sum":
-            return loss / max(len(targets), 1), len(targets)
-        return loss, denominator(self.criterion, targets)
-
-
-def denominator(criterion: nn.Module, targets: Tensor) -> Any:
-    """What a loss module divides by: valid targets, their weights, or what its own `denominator(targets)` says."""
-    own = getattr(criterion, "denominator", None)
-    if own is not None:
-        return own(targets)
-    if getattr(criterion, "reduction", "mean") == "batchmean":
-        return len(targets)
-    if isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss) and not targets.is_floating_point():
-        valid = targets != criterion.ignore_index
-        weight = criterion.weight
-        if weight is None:
-            return valid.sum()
-        return (weight.to(targets.device)[targets.where(valid, 0)] * valid).sum()
-    return targets.numel()

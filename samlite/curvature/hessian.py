@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+from samlite.curvature.matrix import Progress
 from samlite.curvature.moments import moments
-from samlite.curvature.operator import Progress, require
 from samlite.curvature.products import HessianProducts
 from samlite.curvature.results import Block, Moments, Sharpness, Stability
 from samlite.curvature.samples import Unit
 from samlite.curvature.sharpness import blocks, sharpness
 from samlite.curvature.stability import stability
+from samlite.errors import require
 
 
 class Hessian(HessianProducts):

@@ -8,10 +8,11 @@ import math
 import time
 import warnings
 
-from samlite.curvature.operator import Progress, holds, ldexp
+from samlite.curvature.matrix import Progress
 from samlite.curvature.products import HessianProducts
 from samlite.curvature.results import Moments
 from samlite.curvature.samples import Unit
+from samlite.curvature.scaling import holds, ldexp
 
 
 def moments(

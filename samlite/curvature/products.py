@@ -19,14 +19,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from samlite.batches import is_pair
-from samlite.curvature.function import PROBE, Data, End, Loss, Losses
+from samlite.curvature.compiled import compiled, usage_errors
+from samlite.curvature.criterion import Loss
+from samlite.curvature.function import Losses
 from samlite.curvature.gauss_newton import Curves, Kind
 from samlite.curvature.memory import free_bytes, parse_bytes
 from samlite.curvature.neutral import check_real
-from samlite.curvature.operator import Operator, check_steady, compiled, require, usage_errors
+from samlite.curvature.operator import Operator
 from samlite.curvature.samples import Samples, Unit
+from samlite.curvature.stream import PROBE, Data, End
 from samlite.distributed import Ranks
-from samlite.errors import UsageError
+from samlite.errors import UsageError, require
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -131,7 +134,7 @@ class HessianProducts(Operator):
         moments = self.samples(unit).operator
         with self._explained():
             yield moments
-        check_steady(moments)
+        _check_steady(moments)
 
     def gradient_seconds(self) -> float:
         """Seconds of a full gradient."""
@@ -143,7 +146,7 @@ class HessianProducts(Operator):
         with self._explained():
             operator = self._current()
             yield operator
-        check_steady(operator)
+        _check_steady(operator)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -312,3 +315,13 @@ def _selected(
     broken = [name for name, p in zip(names, parameters, strict=True) if not p.detach().isfinite().all()]
     require(not broken, f"the weights must be finite, got nan or inf in {', '.join(broken)}")
     return names, parameters
+
+
+def _check_steady(operator: Any) -> None:
+    """Raise UsageError where the loss was not the same function at every pass."""
+    drift = operator.drift()
+    require(
+        drift < 1e-4,
+        "data and loss_fn must give the same batches and losses at every pass, got a loss that changed by "
+        f"{drift:.1e} of itself; switch off shuffling, sampling and augmentation",
+    )

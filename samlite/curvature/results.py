@@ -11,8 +11,19 @@ Value = TypeVar("Value", float, Tensor)
 Verdict = Literal["stable", "unstable", "undecided", "not a minimum"]
 
 
+class Result:
+    """What all results have."""
+
+    converged: bool
+
+    @property
+    def advice(self) -> str:
+        """What to try where the result did not converge; empty where it did."""
+        return "" if self.converged else "raise tol or max_matvecs, or measure in float64"
+
+
 @dataclass(frozen=True)
-class Eigenvalues:
+class Eigenvalues(Result):
     """The k eigenvalues asked for, best first, each with a bound on its distance to a true one."""
 
     values: Tensor
@@ -33,9 +44,16 @@ class Eigenvalues:
     """The work, in full gradients of the same time."""
     seconds: float
 
+    @property
+    def advice(self) -> str:
+        """What to try where not all is as exact as asked, or it is not known whether all were found; else empty."""
+        if self.converged and self.complete is False:
+            return "raise max_matvecs, or ask for fewer eigenvalues"
+        return super().advice
+
 
 @dataclass(frozen=True)
-class Estimate(Generic[Value]):
+class Estimate(Result, Generic[Value]):
     """A trace from random probes. value ± 1.96 stderr is its 95 % interval, also where probes are few."""
 
     value: Value
@@ -50,7 +68,7 @@ class Estimate(Generic[Value]):
 
 
 @dataclass(frozen=True)
-class Density:
+class Density(Result):
     """The spectral density, smoothed by a Gaussian, with the nodes and weights behind it."""
 
     grid: Tensor
@@ -74,7 +92,7 @@ class Density:
 
 
 @dataclass(frozen=True)
-class Moments:
+class Moments(Result):
     """Sharpness a = lambda_max(H) and the non-uniformity s_k of the per-sample Hessians, k = 2 .. order."""
 
     sharpness: float
@@ -109,7 +127,7 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Stability:
+class Stability(Result):
     """Whether a minimum is linearly stable at a learning rate and radius, and up to which learning rate."""
 
     verdict: Verdict
@@ -137,7 +155,7 @@ class Stability:
 
 
 @dataclass(frozen=True)
-class Sharpness:
+class Sharpness(Result):
     """Worst-, ascent- and average-direction sharpness at one point."""
 
     worst: float

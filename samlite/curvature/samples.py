@@ -19,8 +19,9 @@ from torch.nn.utils.rnn import PackedSequence
 from samlite.batches import Form, form, leaves, mapped, rows, samples, tensors
 from samlite.curvature.capture.plan import Plan, Seen, UncoveredError, find_plan
 from samlite.curvature.capture.recorder import Capture
-from samlite.curvature.function import End, Losses
+from samlite.curvature.function import Losses
 from samlite.curvature.gauss_newton import Curves, Kind
+from samlite.curvature.stream import End
 from samlite.errors import UsageError
 
 if TYPE_CHECKING:

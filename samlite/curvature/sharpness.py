@@ -11,10 +11,10 @@ import time
 
 import torch
 
-from samlite.curvature.operator import Progress, require
+from samlite.curvature.matrix import Progress
 from samlite.curvature.products import HessianProducts
 from samlite.curvature.results import Block, Sharpness
-from samlite.errors import UsageError
+from samlite.errors import UsageError, require
 
 
 def sharpness(hessian: HessianProducts, tol: float, seed: int, progress: Progress | None) -> Sharpness:

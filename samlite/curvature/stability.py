@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samlite.curvature.operator import Operator, Progress, compiled, ldexp
+from samlite.curvature.compiled import compiled
+from samlite.curvature.matrix import Progress
+from samlite.curvature.operator import Operator
 from samlite.curvature.products import HessianProducts, OfMoments
 from samlite.curvature.results import Bound, Stability, Verdict
 from samlite.curvature.samples import Unit
+from samlite.curvature.scaling import ldexp
 
 _NEWTON = 20  # it converges quadratically: 4 to 6 are usual
 _STEPS = 200  # of a Krylov space on the range of A: a smaller range is spanned, and its margin exact

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from samlite.curvature.function import denominator
+from samlite.curvature.criterion import denominator
 from samlite.data.tensors import Batch, Batches, Splits, TensorData
 from samlite.models import parameter_count
 from samlite.seeds import generator

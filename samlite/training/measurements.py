@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from samlite import distributed
 from samlite.batches import is_pair
-from samlite.curvature.function import checked_data
 from samlite.curvature.hessian import Hessian
-from samlite.curvature.operator import Progress
+from samlite.curvature.matrix import Progress
 from samlite.curvature.results import Eigenvalues
+from samlite.curvature.stream import checked_data
 from samlite.documents import ANSWER, BY_ORDER, GAPPED, NUMBERS, POSITIVE, SWITCH, TEXT, Shape, check
 from samlite.errors import UsageError
 from samlite.files import locked, read_json, write_json

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from samlite import distributed
 from samlite.batches import rows, samples
-from samlite.curvature.function import denominator
+from samlite.curvature.criterion import denominator
 from samlite.data.tensors import Batch
 from samlite.errors import UsageError
 from samlite.optim.sam import SAM, Closure

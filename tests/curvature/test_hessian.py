@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from samlite import Hessian
-from samlite.curvature.operator import compiled
+from samlite.curvature.compiled import compiled
 
 CE = nn.CrossEntropyLoss()
 

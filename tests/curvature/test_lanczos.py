@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samlite.curvature.operator import compiled
+from samlite.curvature.compiled import compiled
 
 BULK = 120
 
