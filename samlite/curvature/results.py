@@ -15,6 +15,9 @@ class Result:
     """What all results have."""
 
     converged: bool
+    matvecs: int
+    gradient_evaluations: float
+    seconds: float
 
     @property
     def advice(self) -> str:
