@@ -55,11 +55,13 @@ class Asked:
 
     def subject(self) -> "Subject":
         """The network and its data; completes what the run says."""
-        from samlite.training.measurements import checkpoint_subject, run_subject
+        from samlite.training.measurements import run_subject
 
         if self.source.is_dir():
             subject = run_subject(self.source, self.samples, self.device)
         else:
+            from samlite.cli.checkpoint import checkpoint_subject
+
             assert self.model and self.data
             loss = self.loss or "cross_entropy"
             subject = checkpoint_subject(self.source, self.model, self.data, loss, self.samples, self.device)

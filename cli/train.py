@@ -135,9 +135,9 @@ def draw(settings: "Config", folder: Path) -> None:
 
 def _measure(settings: "Config", folder: Path, measure: tuple[str, ...], bar: Progress) -> bool:
     """Measure what is asked of a run and not done; return whether it converged."""
-    from samlite.training.measurements import measured
+    from samlite.training.measurements import is_measured
 
-    if measured(folder, measure):
+    if is_measured(folder, measure):
         return True
     import torch
 
@@ -150,7 +150,7 @@ def _measure(settings: "Config", folder: Path, measure: tuple[str, ...], bar: Pr
         bar.update(work, completed=products, description=f"{settings.name}: measuring, Hessian products")
 
     measure_run(folder, "moments" in measure, show)
-    return measured(folder, measure)
+    return is_measured(folder, measure)
 
 
 def _found(folder: Path) -> dict[str, Any]:

@@ -79,8 +79,8 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def shared(compute: Callable[[], T]) -> T:
-    """What the first process computes, on every process. Plain values only."""
+def broadcast(compute: Callable[[], T]) -> T:
+    """Compute on the first process and return its result on every one. Plain values only."""
     if world() == 1:
         return compute()
     box: list[Any] = [compute() if rank() == 0 else None]
@@ -89,18 +89,18 @@ def shared(compute: Callable[[], T]) -> T:
     return result
 
 
-def together() -> None:
+def barrier() -> None:
     """Wait for the other processes."""
     if world() > 1:
         dist.barrier()
 
 
-def gathered(here: T) -> list[T]:
+def all_gather(here: T) -> list[T]:
     """What every process gives, by rank. Plain values only."""
-    found: list[Any] = [here] * world()
+    values: list[Any] = [here] * world()
     if world() > 1:
-        dist.all_gather_object(found, here)
-    return found
+        dist.all_gather_object(values, here)
+    return values
 
 
 def own_part(data: Any) -> Any:

@@ -5,16 +5,16 @@ Opening a named pipe waits for its other end, a device may never end, and renami
 """
 
 import errno
-import fcntl
 import json
 import math
 import os
 import stat
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from samlite.errors import UsageError
 
@@ -72,32 +72,22 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises BlockingIOError where another process holds the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(replaceable(folder / ".lock"), "a") as lock:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise BlockingIOError(
-                        f"{folder} is in use by another process; wait for it or choose another folder"
-                    ) from None
-                time.sleep(0.05)
+    claim = claimed(folder / ".lock", PATIENCE)
+    if claim is None:
+        raise BlockingIOError(f"{folder} is in use by another process; wait for it or choose another folder")
+    with claim:
         yield
 
 
-def claimed(path: Path) -> IO[str] | None:
-    """An open file that claims this path until it is closed, or its process ends; None where another has claimed it."""
+def claimed(path: Path, patience: float = 0) -> BaseFileLock | None:
+    """A lock of this path that is held until it is released, or its process ends; None where another one holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(replaceable(path), "a")  # noqa: SIM115  (it stays open)
+    lock = FileLock(replaceable(path), timeout=patience)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
+        lock.acquire()
+    except Timeout:
         return None
-    return file
+    return lock
 
 
 @contextmanager
@@ -127,7 +117,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _alone_at(path: Path) -> Iterator[None]:
-    """Hold a file for this process alone, creating it; what is there of a process that was killed does not matter."""
+    """Hold a file for this process alone, creating it; what is there of a process that was killed does not matter.
+
+    filelock does not notice that the file which it has locked was renamed meanwhile.
+    """
+    import fcntl  # which Windows has not
+
     while True:
         with suppress(FileNotFoundError):  # renamed by another one meanwhile
             if not stat.S_ISREG(os.lstat(path).st_mode):

@@ -19,18 +19,18 @@ import torch
 from samlite.errors import in_one_line
 from samlite.training.config import Config
 from samlite.training.loop import train
-from samlite.training.measurements import measure_run, measured
+from samlite.training.measurements import is_measured, measure_run
 
 
 def run_cell(cell: Config, folder: Path, measure: Collection[str]) -> None:
     """Train and measure a cell in this folder, as far as that is not done."""
     for _ in train(cell, folder):
         pass
-    if measured(folder, measure):
+    if is_measured(folder, measure):
         return
     torch.set_num_threads(cell.threads)
     measure_run(folder, "moments" in measure)
-    if not measured(folder, measure):
+    if not is_measured(folder, measure):
         more = " --moments" if "moments" in measure else ""
         raise RuntimeError(f"the measurement did not converge; try: samlite sharpness {folder}{more} --tol 1e-2")
 

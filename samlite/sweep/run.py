@@ -8,14 +8,16 @@ import time
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
+
+from filelock import BaseFileLock
 
 from samlite.errors import UsageError
 from samlite.files import claimed, locked, write_json
 from samlite.sweep.engines import Engine, Local, Running
 from samlite.sweep.grid import SWEEP, check_one_sweep, read_cells
 from samlite.training.config import Config
-from samlite.training.measurements import MEASURES, measured
+from samlite.training.measurements import MEASURES, is_measured
 from samlite.training.runs import RESULT, read_config
 
 CLAIMS = ".claims"  # a file for each cell that a sweep works on
@@ -66,7 +68,7 @@ def run(
             yield Event(cell, "done")
         else:
             waiting.append(cell)
-    running: list[tuple[Config, Running, IO[str]]] = []
+    running: list[tuple[Config, Running, BaseFileLock]] = []
     try:
         while waiting or running:
             for cell in list(waiting):
@@ -77,7 +79,7 @@ def run(
                     continue
                 waiting.remove(cell)
                 if finished(folder / cell.name, cell, measure):
-                    claim.close()
+                    claim.release()
                     yield Event(cell, "done")
                 else:
                     running.append((cell, engine.start(folder, cell, measure), claim))
@@ -87,20 +89,20 @@ def run(
                 running.remove(one)
                 cell, process, claim = one
                 reason = process.failure()
-                claim.close()
+                claim.release()
                 yield Event(cell, "failed" if reason else "finished", reason)
     finally:
         for _, process, _ in running:
             process.stop()
         for _, process, claim in running:
             process.failure()
-            claim.close()
+            claim.release()
         engine.close()
 
 
 def finished(folder: Path, cell: Config, measure: Collection[str] = ()) -> bool:
     """Whether the folder holds the result of this very cell, with converged measurements of all that is asked."""
-    return (folder / RESULT).is_file() and read_config(folder) == cell and measured(folder, measure)
+    return (folder / RESULT).is_file() and read_config(folder) == cell and is_measured(folder, measure)
 
 
 def _merged(folder: Path, cells: Sequence[Config]) -> list[Config]:

@@ -106,7 +106,7 @@ class Game(Task):
         }
         return Scores((errors**2).mean().item(), scores.mean().item(), others)
 
-    def measured(self, model: nn.Module, data: Episodes, count: int, seed: int) -> tuple[Any, int]:
+    def subsample(self, model: nn.Module, data: Episodes, count: int, seed: int) -> tuple[Any, int]:
         """Play by the seed: the observations that the policy comes by, with their advantages."""
         count = min(count, self.positions)
         players = self._players(data, MEASURED + seed)

@@ -94,9 +94,9 @@ class ImageNet(Task):
             data = data[order[: data.scored].sort().values.to(data.targets.device)]
         return super().evaluate(model, data)
 
-    def measured(self, model: nn.Module, data: Photographs, count: int, seed: int) -> tuple[Any, int]:
+    def subsample(self, model: nn.Module, data: Photographs, count: int, seed: int) -> tuple[Any, int]:
         """Decode the samples once, as every product passes over them: 1.2 GB for 8,192 samples of 224 pixels."""
-        batches, number = super().measured(model, data, count, seed)
+        batches, number = super().subsample(model, data, count, seed)
         inputs, targets = zip(*batches, strict=True)
         return (torch.cat(inputs), torch.cat(targets)), number
 

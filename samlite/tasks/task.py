@@ -158,7 +158,7 @@ class Task:
         found = meter.compute()
         return Scores(loss, found.pop(self.metric), found)
 
-    def measured(self, model: nn.Module, data: Any, count: int, seed: int) -> tuple[Any, int]:
+    def subsample(self, model: nn.Module, data: Any, count: int, seed: int) -> tuple[Any, int]:
         """What a Hessian is measured on: so many samples drawn by the seed, all if there are no more; and how many.
 
         An (inputs, targets) pair of tensors, or a re-iterable of batches.

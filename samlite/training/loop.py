@@ -81,7 +81,7 @@ def _held(out: Path, config: Config, resume: bool) -> Iterator[bool]:
     check_folder(out, config, resume)  # before anything is written there
     with locked(out) if distributed.rank() == 0 else nullcontext(), _threads(config.threads):
         check_folder(out, config, resume)  # again: another process may have come first
-        yield distributed.shared((out / RESULT).exists)
+        yield distributed.broadcast((out / RESULT).exists)
 
 
 @contextmanager

@@ -94,7 +94,7 @@ class Closures:
 
     def total(self) -> int:
         """How many gradients of a batch have been computed, by all processes together."""
-        return self._gradients if self.config.split == "batches" else sum(distributed.gathered(self._gradients))
+        return self._gradients if self.config.split == "batches" else sum(distributed.all_gather(self._gradients))
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[list[Any]]:
         """For each batch the arguments of the optimizer's step."""

@@ -94,7 +94,7 @@ class Session:
         self.best: dict[str, Any] = {}
         if state:
             self.load_state_dict(state, path)
-        distributed.together()  # nobody reads what the first process is about to write
+        distributed.barrier()  # nobody reads what the first process is about to write
         if self.first:
             self._begin(bool(state))
         self.trained, held_out = self.data.train, None
@@ -141,11 +141,11 @@ class Session:
         train, validation = (self._scores(part) for part in (self.data.train, self.data.validation))
         finite = all(map(math.isfinite, [*torch.stack(losses).tolist(), train.loss, validation.loss]))
         lr = self.optimizer.param_groups[0]["lr"]
-        if not all(distributed.gathered(finite)):
+        if not all(distributed.all_gather(finite)):
             raise TrainingError(
                 f"the loss is no longer finite in epoch {epoch} at lr {lr:g}; try a smaller lr, in another folder"
             )
-        tracked = distributed.shared(self.tracker.measure) if self.tracker else None
+        tracked = distributed.broadcast(self.tracker.measure) if self.tracker else None
         record = EpochRecord(
             epoch=epoch,
             train_loss=train.loss,
@@ -161,7 +161,7 @@ class Session:
 
     def _scores(self, data: Any) -> Scores:
         """The scores of the model, computed by the first process for all."""
-        return distributed.shared(lambda: self.task.evaluate(self.model, data))
+        return distributed.broadcast(lambda: self.task.evaluate(self.model, data))
 
     def keep(self, record: EpochRecord) -> None:
         """Take in the record of an epoch; write a checkpoint where the last one is old, and at the end."""
@@ -307,7 +307,7 @@ def _tracker(model: nn.Module, task: Task, data: Any, config: Config) -> Tracker
     parameters = parameter_count(model)
     if config.track > parameters:
         raise UsageError(f"track must be <= the number of parameters, {parameters}, got {config.track}")
-    samples, _ = task.measured(model, data, SAMPLES, config.seed)
+    samples, _ = task.subsample(model, data, SAMPLES, config.seed)
     return Tracker(Hessian(model, task.loss, samples), config.track)
 
 

@@ -46,6 +46,6 @@ def test_noise_follows_neither_the_order_of_training_nor_what_is_measured() -> N
     changed = noisy(torch.zeros(n, dtype=torch.int64), 2, rate, seed=0) != 0
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))  # of the first epoch, and of a held-out part
     task = get("digits")
-    (rows, _), _ = task.measured(task.model(8), TensorData(torch.arange(n)[:, None], torch.zeros(n)), n // 4, 0)
+    (rows, _), _ = task.subsample(task.model(8), TensorData(torch.arange(n)[:, None], torch.zeros(n)), n // 4, 0)
     for part in (order[: n // 4], order[-n // 4 :], rows.flatten()):
         assert abs(changed[part].double().mean() - rate) < 5 * (rate * (1 - rate) / (n // 4)) ** 0.5

@@ -21,7 +21,7 @@ from samlite.sweep.grid import grid
 from samlite.sweep.run import CLAIMS, Event, finished
 from samlite.training.config import Config
 from samlite.training.loop import train
-from samlite.training.measurements import measured, nonuniformity
+from samlite.training.measurements import is_measured, nonuniformity
 
 pytest.importorskip("sklearn")
 
@@ -170,7 +170,7 @@ def test_a_cell_that_another_sweep_has_claimed_is_left_to_it_and_taken_when_that
     events = sweep.run(tmp_path, cells, jobs=2)
     first = [next(events), next(events)]
     assert [(event.cell, event.state) for event in first] == [(cells[1], "started"), (cells[1], "finished")]
-    claim.close()
+    claim.release()
     assert [(event.cell, event.state) for event in events] == [(cells[0], "started"), (cells[0], "finished")]
 
 
@@ -266,15 +266,15 @@ def test_a_cell_is_finished_by_its_own_result_and_a_converged_measurement(tmp_pa
 def test_moments_count_as_measured_if_they_converged_beside_eigenvalues(tmp_path: Path) -> None:
     eigenvalues = {"which": "LA", "values": [2.0], "converged": True, "complete": True}
     moments = {"unit": "sample", "nonuniformity": {"2": 3.0, "3": 0.0}, "converged": True}
-    assert not measured(tmp_path, ["eigenvalues"]) and measured(tmp_path, [])
+    assert not is_measured(tmp_path, ["eigenvalues"]) and is_measured(tmp_path, [])
     for change, expected in [({}, True), ({"converged": False}, False), ({"unit": "batch"}, False)]:
         write_json(tmp_path / "sharpness.json", {"eigenvalues": eigenvalues, "moments": {**moments, **change}})
-        assert measured(tmp_path, ["moments"]) == expected and measured(tmp_path, ["eigenvalues"])
+        assert is_measured(tmp_path, ["moments"]) == expected and is_measured(tmp_path, ["eigenvalues"])
         assert nonuniformity(tmp_path) == ({2: 3.0, 3: 0.0} if expected else None)
     write_json(tmp_path / "sharpness.json", {"eigenvalues": eigenvalues})
-    assert not measured(tmp_path, sweep.MEASURES) and nonuniformity(tmp_path) is None
+    assert not is_measured(tmp_path, sweep.MEASURES) and nonuniformity(tmp_path) is None
     write_json(tmp_path / "sharpness.json", {"eigenvalues": {**eigenvalues, "converged": False}, "moments": moments})
-    assert not measured(tmp_path, ["moments"])
+    assert not is_measured(tmp_path, ["moments"])
 
 
 def test_a_sweep_measures_only_what_it_knows_and_the_terminal_offers_that(tmp_path: Path) -> None:

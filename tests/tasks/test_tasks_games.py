@@ -259,9 +259,9 @@ def test_a_run_of_cartpole_can_be_measured_at_its_own_settings(tmp_path: Path) -
     run = load_run(tmp_path)
     assert not read_json(tmp_path / "result.json")["interpolates"]
     assert isinstance(run.task.loss, ClippedObjective) and run.task.loss.entropy == 0.25
-    (inputs, targets), count = run.task.measured(run.model, run.data.train, 100, 0)
+    (inputs, targets), count = run.task.subsample(run.model, run.data.train, 100, 0)
     assert count == len(inputs) == len(targets) == 100
-    again, _ = run.task.measured(run.model, run.data.train, 100, 0)
+    again, _ = run.task.subsample(run.model, run.data.train, 100, 0)
     assert torch.equal(targets, again[1])
     # the policy that is measured took the actions: ratios are 1
     logs = run.model(inputs)[:, :-1].log_softmax(1).gather(1, targets[:, :1].long())[:, 0]

@@ -338,11 +338,11 @@ def test_training_data_is_scored_on_a_fixed_sample_and_other_data_on_all(folders
 
 def test_photographs_are_decoded_once_to_be_measured(folders: Path) -> None:
     task, data = get("imagenet"), splits(folders)
-    (inputs, targets), number = task.measured(Constant(), data.train, 10, seed=0)
+    (inputs, targets), number = task.subsample(Constant(), data.train, 10, seed=0)
     assert number == 10 and inputs.shape == (10, 3, 16, 16) and inputs.dtype == torch.uint8
-    (_, again), _ = task.measured(Constant(), data.train, 10, seed=0)
+    (_, again), _ = task.subsample(Constant(), data.train, 10, seed=0)
     assert torch.equal(targets, again)
-    assert task.measured(Constant(), data.train, 100, seed=0)[1] == 27
+    assert task.subsample(Constant(), data.train, 100, seed=0)[1] == 27
 
 
 # Training

@@ -180,7 +180,7 @@ def test_hessians_and_moments_are_those_of_dense_autograd_over_known_labels() ->
     task, network = get("molpcba"), graph_network(2, outputs=2).eval()
     data = data_of("CCO", "CCC=O", "c1ccoc1", "C", "CN", labels=2)
     data.targets[1] = torch.nan  # no label at all
-    batches, _ = task.measured(network, data, 8, 0)
+    batches, _ = task.subsample(network, data, 8, 0)
     batches = replace(batches, size=2)  # 2, 2 and 1 molecules with unequal numbers of labels
     operator = Hessian(network, task.loss, batches, params=PARTS)
     v = torch.randn(operator.shape[0])
@@ -403,7 +403,7 @@ def test_sam_trains_and_its_minimum_has_moments(table: Callable[..., Path], tmp_
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["metric"] == "average_precision" and 0 < result["final"]["test_roc_auc"] <= 1
     run = load_run(tmp_path / "run")
-    samples, count = run.task.measured(run.model, run.data.train, 16, 0)
+    samples, count = run.task.subsample(run.model, run.data.train, 16, 0)
     assert count == 16
     moments = Hessian(run.model, run.task.loss, samples).moments(2)  # the fallback would warn
     assert moments.nonuniformity[2] > 0

@@ -399,7 +399,7 @@ def test_a_run_on_text_that_was_stopped_ends_as_one_that_was_not(
 def test_the_curvature_of_a_run_on_text_is_measured(small: Config, tmp_path: Path) -> None:
     list(train(small, tmp_path / "run"))
     run = load_run(tmp_path / "run")
-    data, count = run.task.measured(run.model, run.data.train, 8, 0)
+    data, count = run.task.subsample(run.model, run.data.train, 8, 0)
     assert count == 8
     assert Hessian(run.model, run.task.loss, data).eigenvalues(tol=0.05).converged
 

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from samlite import Hessian
+from samlite.cli.checkpoint import checkpoint_subject, resolve
 from samlite.files import read_json, write_json
 from samlite.training.config import Config
 from samlite.training.loop import train
-from samlite.training.measurements import as_record, checkpoint_subject, keep, measure_run, resolve, run_subject
+from samlite.training.measurements import as_record, keep, measure_run, run_subject
 
 NETS = """
 import torch
