@@ -19,59 +19,27 @@ well: building that graph, and one product that certifies the result.
 import argparse
 import copy
 import json
-import os
-import platform
-import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import distributions
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import common
 import numpy as np
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
+from common import CRITERION, seconds, warm_seconds
 from rich.table import Table
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
+from samlite.models import mlp
+
 K, TOL = 5, 1e-3
-CRITERION = nn.CrossEntropyLoss()
 PACKAGES = ("samlite", "torch", "scipy", "pyhessian", "hessian-eigenthings", "curvlinops-for-pytorch")
 
 # ---- Cases -----------------------------------------------------------------------------------------------
-
-
-def mlp(*sizes: int) -> nn.Module:
-    layers = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
-
-
-def conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
-    layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-    return nn.Sequential(layer, nn.BatchNorm2d(outputs))
-
-
-class Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(conv(inputs, outputs, 3, stride), nn.ReLU(), conv(outputs, outputs, 3, 1))
-        self.skip = nn.Identity() if inputs == outputs else conv(inputs, outputs, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.skip(x))
-
-
-def resnet18(width: int) -> nn.Module:
-    stages = [Residual(width, width, 1), Residual(width, width, 1)]
-    for w in (width, 2 * width, 4 * width):
-        stages += [Residual(w, 2 * w, 2), Residual(2 * w, 2 * w, 1)]
-    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, 10)
-    return nn.Sequential(conv(3, width, 3, 1), nn.ReLU(), *stages, *head)
 
 
 @dataclass
@@ -118,8 +86,8 @@ class Case:
 
 CASES = {
     "mlp-small": Case("MLP 64-32-32-10, n 1024", lambda: mlp(64, 32, 32, 10), (1024, 64)),
-    "mlp-mnist": Case("MLP 784-300-100-10, n 4096", lambda: mlp(784, 300, 100, 10), (4096, 784)),
-    "resnet18": Case("ResNet-18, 16 filters, n 256, 32x32", lambda: resnet18(16), (256, 3, 32, 32)),
+    "mlp-mnist": Case("MLP 784-300-100-10, n 4096", common.large_mlp, (4096, 784)),
+    "resnet18": Case("ResNet-18, 16 filters, n 256, 32x32", lambda: common.plain_resnet(16), (256, 3, 32, 32)),
 }
 
 # ---- Truth and Krylov limit ------------------------------------------------------------------------------
@@ -299,25 +267,14 @@ class Result:
     runs: dict[str, list[Run]]
 
 
-def seconds(f: Callable[[], Any]) -> float:
-    """Median time of f, warm."""
-    times: list[float] = []
-    f()
-    while len(times) < 3 or sum(times) < 0.1:
-        begin = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - begin)
-    return median(times)
-
-
 def limit_prices(case: Case) -> tuple[float, float]:
     """A product from a retained graph, and building that graph, in gradients."""
     params, grads = list(case.model.parameters()), case.gradient(create_graph=True)
     v = [torch.randn_like(p) for p in params]
-    before = seconds(case.gradient)
-    product = seconds(lambda: torch.autograd.grad(grads, params, v, retain_graph=True))
-    graph = seconds(lambda: case.gradient(create_graph=True))
-    unit = mean((before, seconds(case.gradient)))
+    before = warm_seconds(case.gradient)
+    product = warm_seconds(lambda: torch.autograd.grad(grads, params, v, retain_graph=True))
+    graph = warm_seconds(lambda: case.gradient(create_graph=True))
+    unit = mean((before, warm_seconds(case.gradient)))
     return product / unit, graph / unit
 
 
@@ -325,11 +282,11 @@ def best_run(contender: Contender, case: Case, seed: int) -> Run:
     """The first run whose five values are right, else the most accurate."""
     runs = []
     for setting in contender.settings(case, seed):
-        before = seconds(case.gradient)
-        begin = time.perf_counter()
-        values, products = contender.run(case, setting, seed)
-        elapsed = time.perf_counter() - begin
-        unit = mean((before, seconds(case.gradient)))
+        before = warm_seconds(case.gradient)
+        outcomes: list[Outcome] = []
+        elapsed = seconds(lambda into=outcomes, setting=setting: into.append(contender.run(case, setting, seed)))
+        values, products = outcomes[0]
+        unit = mean((before, warm_seconds(case.gradient)))
         runs.append(Run(elapsed / unit, case.error(values), contender.label.format(setting), products))
         if runs[-1].error < TOL:
             case.right[contender.name] = setting
@@ -354,17 +311,14 @@ def measure(case: Case, contenders: Iterable[Contender], repeats: int) -> Result
 # ---- Report ----------------------------------------------------------------------------------------------
 
 
-def table(case: Case, result: Result) -> Table:
+def shown(case: Case, result: Result) -> Table:
     top = " ".join(f"{value:.4g}" for value in case.truth)
     size = sum(p.numel() for p in case.model.parameters())
-    table = Table(
-        title=f"{case.title}, p {size:,}: {top}, the sixth {case.sixth:.4g}\n"
+    table = common.table(
+        f"{case.title}, p {size:,}: {top}, the sixth {case.sixth:.4g}\n"
         f"H v from a retained graph {result.product:.2f} gradients, building the graph {result.graph:.2f}",
-        title_justify="left",
-        box=SIMPLE,
+        *("", "setting", "products", "error", "gradients", "min .. max", "/ floor", "/ samlite"),
     )
-    for heading in ("", "setting", "products", "error", "gradients", "min .. max", "/ floor", "/ samlite"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     limit = result.product * result.needed
     floor = limit + result.graph + result.product
     ours = median(run.gradients for run in result.runs.get("samlite", [])) if "samlite" in result.runs else None
@@ -390,19 +344,6 @@ def table(case: Case, result: Result) -> Table:
     return table
 
 
-def environment() -> dict[str, Any]:
-    """Versions, threads and hardware."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    found = {d.metadata["Name"].lower(): d.version for d in distributions()}
-    return {
-        "packages": {name: found.get(name, "not installed") for name in PACKAGES},
-        "hardware": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", default=",".join(CASES), help="which, separated by commas (%(default)s)")
@@ -416,10 +357,9 @@ def main() -> None:
         parser.error(f"--repeats must be >= 1, got {args.repeats}")
 
     warnings.filterwarnings("ignore")  # the peers' deprecations
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    report = {**environment(), "cases": []}
-    console.print(*(f"{name} {number}" for name, number in report["packages"].items()), sep=", ")
-    console.print(f"{report['hardware']}, {report['threads']} threads")
+    console = common.console()
+    report = {**common.environment(PACKAGES), "cases": []}
+    console.print(common.footer(PACKAGES))
 
     warm_up = CASES["mlp-small"]  # imports and first calls are nobody's merit or fault
     warm_up.train()
@@ -434,7 +374,7 @@ def main() -> None:
 
     for name in names:
         result = measure(CASES[name], contenders, args.repeats)
-        console.print(table(CASES[name], result))
+        console.print(shown(CASES[name], result))
         report["cases"].append(asdict(result))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))

@@ -16,7 +16,6 @@ import json
 import resource
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,9 +23,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import hessian as bench
+import common
+import hessian
 import torch
-from rich.box import SIMPLE
+from common import CRITERION, seconds, spread
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -61,18 +61,12 @@ class Case:
 CASES = {
     **{
         name: Case(case.title, case.build, lambda case=case: torch.randn(case.shape), mapped)
-        for (name, case), mapped in zip(bench.CASES.items(), (1024, 128, 16), strict=True)
+        for (name, case), mapped in zip(hessian.CASES.items(), (1024, 128, 16), strict=True)
     },
     "transformer": Case(
         "transformer, 2 layers of 64, n 256, 32 tokens", Transformer, lambda: torch.randint(0, 1000, (256, 32)), 32
     ),
 }
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
 
 
 def by_vmap(model: nn.Module, v: Tensor, x: Tensor, y: Tensor, order: int) -> Tensor:
@@ -83,7 +77,7 @@ def by_vmap(model: nn.Module, v: Tensor, x: Tensor, y: Tensor, order: int) -> Te
 
     def power(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         def loss(params: dict[str, Tensor]) -> Tensor:
-            return bench.CRITERION(functional_call(model, params, (x[None],)), y[None])
+            return CRITERION(functional_call(model, params, (x[None],)), y[None])
 
         u = direction
         for _ in range(order):
@@ -102,16 +96,16 @@ def measure(case: Case, repeats: int) -> Table:
     model, x = case.build().eval(), case.inputs()
     y = torch.randint(0, 10, (len(x),))
     few = slice(0, case.mapped)
-    chains = Hessian(model, bench.CRITERION, (x, y)).samples("sample").operator
+    chains = Hessian(model, CRITERION, (x, y)).samples("sample").operator
     v = torch.randn(sum(p.numel() for p in model.parameters()))
-    table = Table("", "gradients, median (range)", "vmap", "times as fast", "relative difference", box=SIMPLE)
-    table.title = f"{case.title}, p {len(v):,}"
+    columns = ("", "gradients, median (range)", "vmap", "times as fast", "relative difference")
+    table = common.table(f"{case.title}, p {len(v):,}", *columns)
 
     def gradient() -> None:
-        torch.autograd.grad(bench.CRITERION(model(x), y), list(model.parameters()))
+        torch.autograd.grad(CRITERION(model(x), y), list(model.parameters()))
 
     with sdpa_kernel(SDPBackend.MATH):
-        ours = Hessian(model, bench.CRITERION, (x[few], y[few])).samples("sample").operator.apply(v, max(ORDERS))
+        ours = Hessian(model, CRITERION, (x[few], y[few])).samples("sample").operator.apply(v, max(ORDERS))
         gradient(), chains.apply(v, max(ORDERS))  # warm
         own: dict[int, list[float]] = {k: [] for k in ORDERS}
         theirs: dict[int, list[float]] = {k: [] for k in ORDERS}
@@ -128,10 +122,9 @@ def measure(case: Case, repeats: int) -> Table:
             right = by_vmap(model, v, x[few], y[few], k)
             difference = float((ours[k - 1] - right).norm() / right.norm())
             mine, other = median(own[k]), median(theirs[k])
-            spread = f"{mine:.2f} ({min(own[k]):.2f} to {max(own[k]):.2f})"
-            table.add_row(f"M_{k} v", spread, f"{other:.1f}", f"{other / mine:.1f}", f"{difference:.0e}")
+            table.add_row(f"M_{k} v", spread(own[k]), f"{other:.1f}", f"{other / mine:.1f}", f"{difference:.0e}")
     more = [(last - first) / (max(ORDERS) - 1) for first, last in zip(own[1], own[max(ORDERS)], strict=True)]
-    table.add_row("one more order", f"{median(more):.2f} ({min(more):.2f} to {max(more):.2f})", "", "", "")
+    table.add_row("one more order", spread(more), "", "", "")
     return table
 
 
@@ -144,10 +137,10 @@ BUDGETS = ("16MB", "64MB", "1GB")
 def probe(n: int, memory: str) -> None:
     """M_4 v on the large MLP in this process: prints seconds and the peak of memory above the start, as JSON."""
     torch.manual_seed(0)
-    model, x, y = bench.mlp(784, 300, 100, 10), torch.randn(n, 784), torch.randint(0, 10, (n,))
+    model, x, y = common.large_mlp(), torch.randn(n, 784), torch.randint(0, 10, (n,))
     v = torch.randn(sum(p.numel() for p in model.parameters()))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    chains = Hessian(model, bench.CRITERION, (x, y), memory=memory).samples("sample").operator
+    chains = Hessian(model, CRITERION, (x, y), memory=memory).samples("sample").operator
     times = [seconds(lambda: chains.apply(v, 4)) for _ in range(6)][1:]
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(json.dumps({"n": n, "memory": memory, "seconds": median(times), "peak": peak, "kept": chains.kept_bytes}))
@@ -156,21 +149,21 @@ def probe(n: int, memory: str) -> None:
 def curves(path: Path, console: Console) -> None:
     from matplotlib.figure import Figure
 
-    table = Table("samples", *(f"{budget}: s, peak MB" for budget in BUDGETS), box=SIMPLE)
-    found: dict[str, list[dict[str, Any]]] = {budget: [] for budget in BUDGETS}
+    table = common.table("", "samples", *(f"{budget}: s, peak MB" for budget in BUDGETS))
+    runs: dict[str, list[dict[str, Any]]] = {budget: [] for budget in BUDGETS}
     for n in SAMPLES:
         for budget in BUDGETS:
             child = [sys.executable, __file__, "--probe", str(n), budget]
-            found[budget].append(json.loads(subprocess.check_output(child, text=True)))
-        cells = [f"{rows[-1]['seconds']:.3f}, {rows[-1]['peak']:.0f}" for rows in found.values()]
+            runs[budget].append(json.loads(subprocess.check_output(child, text=True)))
+        cells = [f"{rows[-1]['seconds']:.3f}, {rows[-1]['peak']:.0f}" for rows in runs.values()]
         table.add_row(str(n), *cells)
     console.print(table)
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     time_axes, memory_axes = figure.subplots(1, 2)
-    for budget, rows in found.items():
+    for budget, rows in runs.items():
         time_axes.loglog(SAMPLES, [row["seconds"] for row in rows], "o-", label=f"memory={budget}")
         memory_axes.loglog(SAMPLES, [max(row["peak"], 1) for row in rows], "o-", label=f"memory={budget}")
-    linear = [found[BUDGETS[-1]][0]["seconds"] * n / SAMPLES[0] for n in SAMPLES]
+    linear = [runs[BUDGETS[-1]][0]["seconds"] * n / SAMPLES[0] for n in SAMPLES]
     time_axes.loglog(SAMPLES, linear, "--", color="0.6", label="linear")
     time_axes.set(xlabel="samples", ylabel="seconds", title="time of M₄ v")
     memory_axes.set(xlabel="samples", ylabel="MB above the data", title="peak memory")
@@ -193,10 +186,10 @@ def main() -> None:
     if not set(names) <= set(CASES):
         parser.error(f"--case must be some of {','.join(CASES)}, got {args.case}")
     warnings.filterwarnings("ignore")
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = common.console()
     if args.curves:
         return curves(args.curves, console)
-    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    console.print(common.footer())
     for name in names:
         console.print(measure(CASES[name], args.repeats))
 

@@ -8,42 +8,36 @@ samples; times are medians, with their range, of repeats in one run.
 
 import argparse
 import os
-import platform
 import socket
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+import common
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from samlite import SAM, Hessian, SAMPa, __version__
-from samlite.models import mlp
+from samlite import SAM, Hessian, SAMPa
 
 SAMPLES, BATCH, STEPS = 4096, 1024, 5
 
 
 def times(work: Callable[[], Any], repeats: int) -> list[float]:
     """Seconds of each call, after one that warms up."""
-    work()
-    found = []
-    for _ in range(repeats):
-        dist.barrier() if dist.is_initialized() else None
-        began = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - began)
-    return found
+    result = []
+    for _ in range(repeats + 1):
+        if dist.is_initialized():
+            dist.barrier()
+        result.append(common.seconds(work))
+    return result[1:]
 
 
 def problem() -> tuple[torch.nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    return mlp(784, 300, 100, 10), torch.randn(SAMPLES, 784), torch.randint(10, (SAMPLES,))
+    return common.large_mlp(), torch.randn(SAMPLES, 784), torch.randint(10, (SAMPLES,))
 
 
 def product(rank: int, world: int) -> Callable[[], Any]:
@@ -74,9 +68,9 @@ def worker(rank: int, port: int, repeats: int, results: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    found = {"H v": times(product(rank, 2), repeats), "SAMPa": times(steps(SAMPa, 2), repeats)}
+    results_here = {"H v": times(product(rank, 2), repeats), "SAMPa": times(steps(SAMPa, 2), repeats)}
     if rank == 0:
-        results.update(found)
+        results.update(results_here)
     dist.destroy_process_group()
 
 
@@ -97,18 +91,17 @@ def main() -> None:
         results = manager.dict()
         mp.spawn(worker, (port, repeats, results), nprocs=2)
         both = dict(results)
-    table = Table(title=f"MLP 784-300-100-10, one thread a process: median of {repeats} repeats of {STEPS}")
-    for column in ("what", "processes", "ms", "min..max", "of one process"):
-        table.add_column(column, justify="left" if column == "what" else "right")
+    title = f"MLP 784-300-100-10, one thread a process: median of {repeats} repeats of {STEPS}"
+    table = common.table(title, "what", "processes", "ms, median (range)", "of one process")
     rows = [("H v", 1, alone["H v"], alone["H v"]), ("H v", 2, both["H v"], alone["H v"])]
     rows += [("SAM step", 1, alone["SAM"], alone["SAM"]), ("SAMPa step", 1, alone["SAMPa"], alone["SAM"])]
     rows += [("SAMPa step", 2, both["SAMPa"], alone["SAM"])]
     for name, processes, seconds, base in rows:
         each = [1e3 * t / STEPS for t in seconds]
-        spread = f"{min(each):.2f}..{max(each):.2f}"
-        table.add_row(name, str(processes), f"{median(each):.2f}", spread, f"{median(seconds) / median(base):.2f}")
-    Console().print(table)
-    print(f"samlite {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+        table.add_row(name, str(processes), common.spread(each), f"{median(seconds) / median(base):.2f}")
+    console = common.console()
+    console.print(table)
+    console.print(common.footer())
 
 
 if __name__ == "__main__":

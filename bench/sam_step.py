@@ -11,19 +11,15 @@ gradients, replayed random state, kept buffers. AgnosticSAM takes four gradients
 
 import argparse
 import copy
-import platform
-import time
 from collections.abc import Callable
 from statistics import median
 
+import common
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from samlite import SAM, AgnosticSAM, FriendlySAM, SAMPa, __version__
-from samlite.models import mlp, resnet18
+from samlite import SAM, AgnosticSAM, FriendlySAM, SAMPa
 
 BATCH, RHO = 128, 0.05
 SGD = {"lr": 0.01, "momentum": 0.9}
@@ -32,14 +28,8 @@ Step = Callable[[], object]
 
 # name: (network, shape of one input, steps a repeat, repeats)
 CASES = {
-    "mlp": ("MLP 784-300-100-10", lambda: mlp(784, 300, 100, 10), (784,), 20, 60),
-    "resnet18": (
-        "ResNet-18, 16 filters",
-        lambda: resnet18(16, mean=[0.5] * 3, std=[0.25] * 3, outputs=10),
-        (3, 32, 32),
-        1,
-        25,
-    ),
+    "mlp": ("MLP 784-300-100-10", common.large_mlp, (784,), 20, 60),
+    "resnet18": ("ResNet-18, 16 filters", common.image_resnet, (3, 32, 32), 1, 25),
 }
 
 
@@ -113,45 +103,25 @@ def variants(network: nn.Module, inputs: Tensor, targets: Tensor) -> dict[str, S
     }
 
 
-def measure(steps: dict[str, Step], count: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds a step of each variant, one figure a repeat."""
-    names = list(steps)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for repeat in range(-1, repeats):  # the first round warms up
-        turn = repeat % len(names)
-        for name in names[turn:] + names[:turn]:
-            began = time.perf_counter()
-            for _ in range(count):
-                steps[name]()
-            if repeat >= 0:
-                seconds[name].append((time.perf_counter() - began) / count)
-    return seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", default=",".join(CASES), help="which of mlp, resnet18; both by default")
     parser.add_argument("--repeats", type=int, help="instead of the number that each case has")
     arguments = parser.parse_args()
-    console = Console()
+    console = common.console()
     for case in arguments.case.split(","):
         title, build, shape, count, repeats = CASES[case]
         repeats = arguments.repeats or repeats
         torch.manual_seed(0)
         network, inputs, targets = build(), torch.randn(BATCH, *shape), torch.randint(10, (BATCH,))
-        seconds = measure(variants(network, inputs, targets), count, repeats)
-        table = Table(title=f"{title}, batch {BATCH}: median of {repeats} repeats of {count} steps")
-        for column in ("variant", "ms a step", "in SGD steps", "min..max"):
-            table.add_column(column, justify="left" if column == "variant" else "right")
+        seconds = common.alternate(variants(network, inputs, targets), repeats, count)
+        title = f"{title}, batch {BATCH}: median of {repeats} repeats of {count} steps"
+        table = common.table(title, "variant", "ms a step", "in SGD steps, median (range)")
         for name, times in seconds.items():
             ratios = [t / sgd for t, sgd in zip(times, seconds["SGD"], strict=True)]
-            spread = f"{min(ratios):.3f}..{max(ratios):.3f}"
-            table.add_row(name, f"{1e3 * median(times):.3f}", f"{median(ratios):.3f}", spread)
+            table.add_row(name, f"{1e3 * median(times):.3f}", common.spread(ratios, ".3f"))
         console.print(table)
-    console.print(
-        f"samlite {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
+    console.print(common.footer())
 
 
 if __name__ == "__main__":

@@ -10,25 +10,19 @@ verified; `cold` is what a random start takes to the same 1e-3, without and with
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+import common
 import torch
-from hessian import resnet18
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
+from common import CRITERION, spread
 from torch import Tensor, nn
 
-import samlite
 from samlite import Hessian, tasks
 from samlite.curvature.tracking import Tracker
-
-CRITERION = nn.CrossEntropyLoss()
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,7 @@ def resnet(width: int, n: int, epochs: int, lr: float) -> Case:
     x = torch.randn(n, 3, 32, 32)
     y = (x.flatten(1) @ torch.randn(3072, 10)).argmax(1)
     title = f"ResNet-18, {width} filters, random images, n {n}, lr {lr:g}, momentum 0"
-    return Case(title, resnet18(width), (x, y), (lr,) * epochs, 0.0, 64)
+    return Case(title, common.plain_resnet(width), (x, y), (lr,) * epochs, 0.0, 64)
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ class Checkpoint:
 
 def follow(case: Case, check_every: int) -> list[Checkpoint]:
     tracker = Tracker(Hessian(case.model, CRITERION, case.pair), 1)
-    found = []
+    checkpoints = []
     for epoch, lr in enumerate(case.epochs()):
         tracked = tracker.measure()
         if epoch % check_every and epoch + 1 < len(case.lr):
@@ -104,24 +98,24 @@ def follow(case: Case, check_every: int) -> list[Checkpoint]:
         cold = hessian.eigenvalues(1, tol=1e-3, verify=False, seed=2).matvecs
         verified = hessian.eigenvalues(1, tol=1e-3, verify=True, seed=2).matvecs
         value, products = tracked["eigenvalues"][0], tracked["products"]
-        found.append(Checkpoint(lr, products, value, float(truth.values[0]), settled, cold, verified))
-    return found
+        checkpoints.append(Checkpoint(lr, products, value, float(truth.values[0]), settled, cold, verified))
+    return checkpoints
 
 
-def row(title: str, of: list[Checkpoint]) -> list[str]:
-    later, known = of[1:], [each for each in of if each.value is not None]
+def row(title: str, checkpoints: list[Checkpoint]) -> list[str]:
+    later, known = checkpoints[1:], [each for each in checkpoints if each.value is not None]
     products = [each.products for each in later]
     errors = [abs(each.error) for each in known]
     cold, verified = ([getattr(each, name) for each in later] for name in ("cold", "cold_verified"))
     return [
         title,
-        f"{of[0].products}",
-        f"{median(products):g} ({min(products)}-{max(products)})",
+        f"{checkpoints[0].products}",
+        spread(products, "g"),
         f"{sum(count <= 4 for count in products)} of {len(products)}",
         f"{median(errors):.0e}, worst {max(errors):.0e}",
-        f"{sum(error <= 1e-3 for error in errors)} of {len(of)}",
-        f"{median(cold):g} ({min(cold)}-{max(cold)})",
-        f"{median(verified):g} ({min(verified)}-{max(verified)})",
+        f"{sum(error <= 1e-3 for error in errors)} of {len(checkpoints)}",
+        spread(cold, "g"),
+        spread(verified, "g"),
     ]
 
 
@@ -146,20 +140,9 @@ def main() -> None:
     if options.data is None and any(name.startswith("mnist") for name in names):
         parser.error("--data must name MNIST for these cases; or choose --case resnet18")
 
-    console = Console(width=150)
-    table = Table(
-        *(
-            "case",
-            "first",
-            "products after it",
-            "at most 4",
-            "relative error",
-            "right to 1e-3",
-            "cold",
-            "cold, verified",
-        ),
-        box=SIMPLE,
-    )
+    console = common.console()
+    columns = ("products after it", "at most 4", "relative error", "right to 1e-3", "cold", "cold, verified")
+    table = common.table("", "case", "first", *columns)
     results = {}
     for name in names:
         began = time.perf_counter()
@@ -171,11 +154,10 @@ def main() -> None:
             status = "" if each.settled else "  truth not settled"
             console.print(f"  lr {each.lr:g}: {each.products} products, {each.truth:.6g} {each.error:+.1e}{status}")
     console.print(table)
-    console.print(
-        f"samlite {samlite.__version__}, torch {torch.__version__}, {platform.machine()}, {options.threads} threads"
-    )
+    console.print(common.footer())
     if options.json:
-        options.json.write_text(json.dumps({name: [asdict(each) for each in of] for name, of in results.items()}))
+        document = {name: [asdict(each) for each in checkpoints] for name, checkpoints in results.items()}
+        options.json.write_text(json.dumps(document))
 
 
 if __name__ == "__main__":
