@@ -7,6 +7,7 @@ import click
 
 from samlite.cli.console import facts, print_json, stdout, table
 from samlite.cli.options import json_option, task_names
+from samlite.errors import install_command
 
 if TYPE_CHECKING:
     from samlite.tasks import Task
@@ -49,7 +50,7 @@ def _show(task: "Task") -> None:
     view.add_row("parameters", ", ".join(f"width {width}: {n}" for width, n in _parameters(task).items()))
     view.add_row("data", task.data)
     if task.extra:
-        view.add_row("needs", f"pip install 'samlite[{task.extra}]'")
+        view.add_row("needs", install_command(task.extra))
     if task.source:
         view.add_row("source", f"--data, by default {task.source}")
     view.add_row("test metric", f"{task.metric}, {'higher' if task.higher_is_better else 'lower'} is better")

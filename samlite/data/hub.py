@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from samlite.errors import UsageError
+from samlite.errors import UsageError, missing
 from samlite.files import regular, regular_tree
 
 
@@ -18,7 +18,7 @@ def load(source: str | None, task: str, extra: str, names: Sequence[str]) -> Any
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"task {task} needs datasets: pip install 'samlite[{extra}]'") from error
+        raise missing(f"task {task}", "datasets", extra) from error
     datasets.disable_progress_bars()
     for name in ("datasets", "huggingface_hub"):  # what matters is in the exception
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from samlite.data import hub
 from samlite.data.tensors import Splits, TensorData, hold_out
-from samlite.errors import UsageError
+from samlite.errors import UsageError, missing
 from samlite.files import regular
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _open(source: str | None, task: str, splits: Sequence[str]) -> Any:
     try:
         import PIL.Image  # noqa: F401  (decodes the images)
     except ImportError as error:
-        raise ImportError(f"task {task} needs pillow: pip install 'samlite[data]'") from error
+        raise missing(f"task {task}", "pillow", "data") from error
     return hub.load(source, task, "data", splits)
 
 

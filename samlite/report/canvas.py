@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samlite.errors import UsageError
+from samlite.errors import UsageError, missing
 from samlite.files import replacing
 from samlite.models import count_in_short
 from samlite.report.groups import described
@@ -44,7 +44,7 @@ def new_figure(path: Path | str, size: tuple[float, float]) -> Iterator["Figure"
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("a figure needs matplotlib: pip install 'samlite[plot]'") from error
+        raise missing("a figure", "matplotlib", "plot") from error
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size)
         yield figure

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from samlite.documents import TEXT, check
-from samlite.errors import UsageError
+from samlite.errors import UsageError, missing
 from samlite.files import read_json, write_json
 from samlite.training.config import Config
 
@@ -101,7 +101,7 @@ class Cluster:
         try:
             import submitit
         except ImportError as error:
-            raise ImportError("engine slurm needs submitit: pip install 'samlite[cluster]'") from error
+            raise missing("engine slurm", "submitit", "cluster") from error
         if minutes < 3:
             raise UsageError(f"minutes must be >= 3, got {minutes}: a job is told up to 90 seconds before its end")
         logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns on standard output, which is for results

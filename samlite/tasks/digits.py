@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from samlite.data.tensors import Splits, TensorData, hold_out
+from samlite.errors import missing
 from samlite.models import tapered_mlp
 from samlite.tasks.metrics import Accuracy
 from samlite.tasks.task import Recipe, Task
@@ -18,7 +19,7 @@ def load(source: str | None, seed: int) -> Splits:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("task digits needs scikit-learn: pip install 'samlite[demo]'") from error
+        raise missing("task digits", "scikit-learn", "demo") from error
     bunch = load_digits()
     digits = TensorData(
         torch.tensor(bunch.data, dtype=torch.float32) / 16, torch.tensor(bunch.target, dtype=torch.int64)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from samlite.data.episodes import Episodes, Moves, Players
 from samlite.data.tensors import Batch, Splits, TensorData
-from samlite.errors import UsageError
+from samlite.errors import UsageError, missing
 from samlite.models import atari_cnn, mlp_actor_critic
 from samlite.tasks.ppo import ClippedObjective, advantages
 from samlite.tasks.task import Recipe, Scores, Task
@@ -165,7 +165,7 @@ def load_cartpole(source: str | None, seed: int) -> Splits:
     try:
         import gymnasium  # noqa: F401
     except ImportError as error:
-        raise ImportError("task cartpole needs gymnasium: pip install 'samlite[games]'") from error
+        raise missing("task cartpole", "gymnasium", "games") from error
     return _splits(None, 10, actions=2)
 
 
@@ -191,7 +191,7 @@ def load_atari(source: str | None, seed: int) -> Splits:
         import gymnasium  # noqa: F401
         from ale_py import roms
     except ImportError as error:
-        raise ImportError("task atari needs gymnasium and ale-py: pip install 'samlite[games]'") from error
+        raise missing("task atari", "gymnasium and ale-py", "games") from error
     games = roms.get_all_rom_ids()
     if source not in games:
         near = get_close_matches(str(source).lower(), games, n=3)

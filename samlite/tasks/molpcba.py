@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from samlite.data.graphs import LARGEST, Graph, GraphData, canonical, graph, molecule, scaffold, scaffold_split, silent
 from samlite.data.tensors import Splits
-from samlite.errors import UsageError
+from samlite.errors import UsageError, missing
 from samlite.files import regular
 from samlite.models import graph_network
 from samlite.tasks.metrics import Ranking
@@ -57,7 +57,7 @@ def load(source: str | None, seed: int) -> Splits:
         import rdkit  # noqa: F401
         import sklearn  # noqa: F401  (scores the outputs)
     except ImportError as error:
-        raise ImportError(f"task molpcba needs {error.name}: pip install 'samlite[graphs]'") from error
+        raise missing("task molpcba", str(error.name), "graphs") from error
     path = Path(str(source))
     with silent():
         if path.is_dir():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from samlite.data.sequences import LONGEST, Sequences, hide, pad
 from samlite.data.tensors import Splits, hold_out
-from samlite.errors import UsageError
+from samlite.errors import UsageError, missing
 from samlite.files import regular
 from samlite.models import tagger
 from samlite.tasks.metrics import Accuracy
@@ -102,7 +102,7 @@ def _word(line: str, expected: int, place: str) -> tuple[str, int] | None:
         from conllu.exceptions import ParseException
         from conllu.parser import parse_line
     except ImportError as error:
-        raise ImportError("task pos needs conllu: pip install 'samlite[text]'") from error
+        raise missing("task pos", "conllu", "text") from error
     columns = line.count("\t") + 1
     if columns != COLUMNS:
         raise UsageError(f"{place}: a word must have {COLUMNS} columns with tabs between them, got {columns}")

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_hessian import dense
-from test_untouched import close, network, samples, top
+from models import network, samples
+from oracles import dense_hessian
+from test_untouched import close, top
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -58,7 +59,7 @@ def pair(n: int = 150) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_that_couples_samples_is_that_of_the_whole_pair_whatever_the_memory(name: str) -> None:
     model, data, loss = network(), pair(), LOSSES[name]
-    truth = dense(model, lambda f: loss(f, data))
+    truth = dense_hessian(model, lambda f: loss(f, data))
     v = torch.linspace(-1, 1, len(truth), dtype=torch.float64)
     for memory in ("1GB", "100KB", 0):
         product = Hessian(model, loss, data, memory=memory) @ v
@@ -166,7 +167,7 @@ def test_parameters_of_the_loss_module_can_be_measured_by_name_or_as_tensors() -
         def forward(self, x: Tensor) -> Tensor:
             return self.model(x) / self.criterion.log_t.exp()
 
-    truth = torch.linalg.eigvalsh(dense(Both(), lambda f: CE(f(x), y))).flip(0)[:2]
+    truth = torch.linalg.eigvalsh(dense_hessian(Both(), lambda f: CE(f(x), y))).flip(0)[:2]
     tensors = [*model.parameters(), *criterion.parameters()]
     for params in (tensors, ["*"]):
         assert close(top(model, criterion, params=params), truth)

@@ -13,30 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Waits
+from oracles import dense_hessian
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from samlite import Hessian
 from samlite.curvature.compiled import compiled
 
 CE = nn.CrossEntropyLoss()
-
-
-def dense(model: nn.Module, loss: Callable[[Any], Tensor], names: list[str] | None = None) -> Tensor:
-    """The Hessian of loss(model) by the named parameters, column by column in float64."""
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad and (names is None or n in names)}
-    shapes = {n: p.shape for n, p in parameters.items()}
-    flat = torch.cat([p.detach().reshape(-1) for p in parameters.values()])
-
-    def value(w: Tensor) -> Tensor:
-        pieces = w.split([shape.numel() for shape in shapes.values()])
-        weights = {n: piece.view(shapes[n]) for n, piece in zip(shapes, pieces, strict=True)}
-        return loss(lambda *inputs: functional_call(model, weights, inputs))
-
-    # outer products of fused attention have no second derivative
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        hessian: Tensor = torch.autograd.functional.hessian(value, flat)
-    return hessian
 
 
 class ConvNet(nn.Module):
@@ -112,7 +95,7 @@ def problem(name: str, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
 @pytest.mark.parametrize("seed", range(6))
 def test_products_and_certified_eigenvalues_agree_with_the_dense_hessian(name: str, seed: int) -> None:
     model, x, y = problem(name, seed)
-    truth = dense(model, lambda f: CE(f(x), y))
+    truth = dense_hessian(model, lambda f: CE(f(x), y))
     batches = [(x[i : i + 8], y[i : i + 8]) for i in range(0, len(x), 8)]  # the last one smaller
     h = Hessian(model, CE, batches)
     assert h.shape == truth.shape
@@ -134,7 +117,7 @@ def test_products_and_certified_eigenvalues_agree_with_the_dense_hessian(name: s
 @pytest.mark.parametrize("name", MODELS)
 def test_float32_eigenvalues_are_within_their_errors_of_the_float64_truth(name: str) -> None:
     model, x, y = problem(name)
-    truth = torch.linalg.eigvalsh(dense(model, lambda f: CE(f(x), y))).flip(0)
+    truth = torch.linalg.eigvalsh(dense_hessian(model, lambda f: CE(f(x), y))).flip(0)
     found = Hessian(model.float(), CE, (x.float() if x.is_floating_point() else x, y)).eigenvalues(3)
     assert found.converged
     assert ((found.values[:, None] - truth).abs().min(dim=1).values <= found.errors).all()
@@ -166,7 +149,7 @@ def test_tied_weights_count_once_and_unused_or_frozen_ones_do_no_harm() -> None:
 def test_a_subset_by_name_pattern_is_the_block_of_the_full_hessian() -> None:
     model, x, y = problem("cnn")
     names = ["conv.weight", "conv.bias"]
-    truth = dense(model, lambda f: CE(f(x), y), names)
+    truth = dense_hessian(model, lambda f: CE(f(x), y), names)
     h = Hessian(model, CE, (x, y), params="conv.*")
     assert h.names == names
     v = torch.randn(len(truth), dtype=torch.float64)
@@ -229,7 +212,7 @@ def test_a_batch_is_weighted_by_its_samples_and_by_the_true_denominator() -> Non
     batches = [(x[:9], y[:9]), (x[9:10], y[9:10]), (x[10:], y[10:])]  # one without a valid target
     v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
     for loss in (CE, nn.CrossEntropyLoss(weight=weights), nn.CrossEntropyLoss(weight=weights, label_smoothing=0.1)):
-        truth = dense(model, lambda f, loss=loss: loss(f(x), y))
+        truth = dense_hessian(model, lambda f, loss=loss: loss(f(x), y))
         assert torch.allclose(Hessian(model, loss, batches) @ v, truth @ v, atol=1e-12)
 
 
@@ -262,7 +245,7 @@ def test_train_mode_measures_the_function_with_batch_statistics() -> None:
     v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
     evaluated = Hessian(model, CE, (x, y)) @ v
     trained = Hessian(model, CE, (x, y), mode="train") @ v
-    truth = dense(model.train(), lambda f: CE(f(x), y))
+    truth = dense_hessian(model.train(), lambda f: CE(f(x), y))
     assert torch.allclose(trained, truth @ v, atol=1e-12)
     assert not torch.allclose(trained, evaluated, rtol=1e-2)
 
@@ -313,9 +296,9 @@ def test_the_operator_follows_the_weights() -> None:
     h @ v
     with torch.no_grad():
         model[0].weight.mul_(1.5)
-    assert torch.allclose(h @ v, dense(model, lambda f: CE(f(x), y)) @ v, atol=1e-12)
+    assert torch.allclose(h @ v, dense_hessian(model, lambda f: CE(f(x), y)) @ v, atol=1e-12)
     model[0].weight.data.mul_(0.5)  # not seen by version counters
-    assert torch.allclose(h @ v, dense(model, lambda f: CE(f(x), y)) @ v, atol=1e-12)
+    assert torch.allclose(h @ v, dense_hessian(model, lambda f: CE(f(x), y)) @ v, atol=1e-12)
 
 
 def test_randomness_is_refused() -> None:

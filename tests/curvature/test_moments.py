@@ -1,14 +1,14 @@
 """Per-sample Hessian chains, against dense per-sample Hessians in float64."""
 
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Waits
+from models import CASES, WHOLE, prepared
+from oracles import dense_gauss_newton, dense_hessians, largest, moment
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samlite import Hessian
 
@@ -18,156 +18,10 @@ ROUNDING = 1e-10  # relative; products of well-scaled matrices in float64 lose a
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-class Residual(nn.Module):
-    """Convolutions, batch norm, in-place ReLU and an in-place sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-        self.second, self.skip = nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=2), nn.Conv2d(4, 4, 1, 2)
-        self.head, self.relu = nn.Linear(4, 3), nn.ReLU(inplace=True)
-        self.norm.running_mean.normal_()
-        self.norm.running_var.uniform_(0.5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.relu(self.norm(self.first(x)))
-        out = self.second(h)
-        out += self.skip(h)
-        return self.head(self.relu(out).mean((2, 3)))
-
-
-class Transformer(nn.Module):
-    """A class token, learned positions, and torch's encoder layer, which is time-first inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
-        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(1, 5, 4))
-        self.encoder = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, dropout=0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], 1) + self.positions
-        return self.head(self.encoder(h)[:, 0])
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(3, 2, 2, batch_first=True, bidirectional=True), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x)[0][:, -1])
-
-
-class Tied(nn.Module):
-    """Output weights are the embedding's; positions are looked up once for all samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.positions, self.inner = nn.Embedding(7, 4), nn.Embedding(5, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.words(x) + self.positions(torch.arange(x.shape[1], device=x.device))
-        return F.linear(torch.tanh(self.inner(h)), self.words.weight).mean(1)
-
-
-def images(*shape: int) -> Tensor:
-    return torch.randn(6, *shape)
-
-
-def flat(*layers: nn.Module, features: int) -> nn.Module:
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 3))
-
-
-CASES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
-    "MLP": lambda: (nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), images(4)),
-    "CNN with batch norm and residuals": lambda: (Residual(), images(2, 6, 6)),
-    "transformer": lambda: (Transformer(), images(4, 3)),
-    "LSTM": lambda: (Recurrent(), images(4, 3)),
-    "tied weights": lambda: (Tied(), torch.randint(0, 7, (6, 5))),
-    "linear over positions": lambda: (flat(nn.Linear(3, 4), nn.Softplus(), features=20), images(5, 3)),
-    "conv1d, dilated, padded the same": lambda: (
-        flat(nn.Conv1d(2, 3, 3, dilation=2, padding="same"), nn.Softplus(), features=15),
-        images(2, 5),
-    ),
-    "conv2d of one position": lambda: (
-        flat(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 1), features=4),
-        images(2, 3, 3),
-    ),
-    "conv3d and group norm": lambda: (
-        flat(nn.Conv3d(2, 2, 2), nn.Tanh(), nn.GroupNorm(2, 2), features=16),
-        images(2, 3, 3, 3),
-    ),
-    "layer norm and PReLU": lambda: (
-        nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.PReLU(), nn.Linear(4, 3)),
-        images(4),
-    ),
-    "RMS norm": lambda: (nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4), nn.Tanh(), nn.Linear(4, 3)), images(4)),
-    "no bias": lambda: (nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False)), images(4)),
-}
-
-
-WHOLE = [
-    "MLP",
-    *(
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in CASES
-        if name in ("CNN with batch norm and residuals", "transformer", "LSTM", "tied weights")
-    ),
-]
-
-
-def prepared(name: str) -> tuple[nn.Module, Tensor, Tensor]:
-    model, x = CASES[name]()
-    return model.eval(), x, torch.randint(0, 3, (len(x),))
-
-
-def dense(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """(n, p, p) per-sample Hessians, a row at a time by autograd."""
-    params = list(model.parameters())
-
-    def flattened(parts: tuple[Tensor | None, ...]) -> Tensor:
-        filled = [torch.zeros_like(p) if part is None else part for part, p in zip(parts, params, strict=True)]
-        return torch.cat([part.reshape(-1) for part in filled])
-
-    hessians = []
-    with sdpa_kernel(SDPBackend.MATH):
-        for i in range(len(x)):
-            loss = criterion(model(x[i : i + 1]), y[i : i + 1])
-            gradient = flattened(torch.autograd.grad(loss, params, create_graph=True, allow_unused=True))
-            hessians.append(
-                torch.stack(
-                    [flattened(torch.autograd.grad(g, params, retain_graph=True, allow_unused=True)) for g in gradient]
-                )
-            )
-    return torch.stack(hessians)
-
-
-def dense_gauss_newton(model: nn.Module, x: Tensor) -> Tensor:
-    """(n, p, p) per-sample Gauss-Newton matrices of cross-entropy, from Jacobians and its known Hessian."""
-    params = list(model.parameters())
-    matrices = []
-    for i in range(len(x)):
-        outputs = model(x[i : i + 1])[0]
-        rows = [torch.autograd.grad(z, params, retain_graph=True, materialize_grads=True) for z in outputs]
-        jacobian = torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
-        p = outputs.detach().softmax(0)
-        matrices.append(jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian)
-    return torch.stack(matrices)
-
-
-def moment(hessians: Tensor, order: int) -> Tensor:
-    return torch.linalg.matrix_power(hessians, order).mean(0)
-
-
-def largest(matrix: Tensor) -> float:
-    return float(torch.linalg.eigvalsh(matrix)[-1])
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_products_with_moments_are_those_of_dense_hessians(name):
     model, x, y = prepared(name)
-    hessians = dense(model, nn.CrossEntropyLoss(), x, y)
+    hessians = dense_hessians(model, nn.CrossEntropyLoss(), x, y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no fallback
         hessian = Hessian(model, nn.CrossEntropyLoss(), (x, y))
@@ -198,7 +52,7 @@ def test_products_with_gauss_newton_moments_are_those_of_dense_matrices(name):
 @pytest.mark.parametrize("name", WHOLE)
 def test_moments_are_the_top_eigenvalues_of_the_dense_matrices(name):
     model, x, y = prepared(name)
-    hessians = dense(model, nn.CrossEntropyLoss(), x, y)
+    hessians = dense_hessians(model, nn.CrossEntropyLoss(), x, y)
     mean = hessians.mean(0)
     found = Hessian(model, nn.CrossEntropyLoss(), (x, y)).moments(tol=1e-9)
     assert found.converged and found.fallback is None
@@ -224,7 +78,7 @@ def test_moments_of_linear_regression_match_their_formula():
 def test_moments_of_batches_are_weighted_by_their_share():
     model, x, y = prepared("MLP")
     batches = [(x[:4], y[:4]), (x[4:], y[4:])]
-    hessians = dense(model, nn.CrossEntropyLoss(), x, y)
+    hessians = dense_hessians(model, nn.CrossEntropyLoss(), x, y)
     parts = torch.stack([hessians[:4].mean(0), hessians[4:].mean(0)])
     share = torch.tensor([4 / 6, 2 / 6])[:, None, None]
     second = (share * torch.linalg.matrix_power(parts, 2)).sum(0) - torch.linalg.matrix_power(hessians.mean(0), 2)
@@ -258,7 +112,7 @@ def test_token_losses_weigh_samples_by_their_valid_tokens():
             total = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="sum")
             return total * len(x) / valid  # so that H is the mean of the H_i
 
-    hessians = dense(model, Share(), x, y)
+    hessians = dense_hessians(model, Share(), x, y)
     hessian = Hessian(model, loss, [(x, y)])
     v = torch.randn(hessian.shape[0])
     right = (moment(hessians, 2) - torch.linalg.matrix_power(hessians.mean(0), 2)) @ v
@@ -275,7 +129,7 @@ def test_an_operation_without_a_rule_is_named_and_measured_exactly():
             return F.linear(x, self.weight.exp())
 
     model, x, y = Reparametrised(), torch.randn(6, 4), torch.randint(0, 3, (6,))
-    hessians = dense(model, nn.CrossEntropyLoss(), x, y)
+    hessians = dense_hessians(model, nn.CrossEntropyLoss(), x, y)
     hessian = Hessian(model, nn.CrossEntropyLoss(), (x, y))
     v = torch.randn(hessian.shape[0])
     right = (moment(hessians, 2) - torch.linalg.matrix_power(hessians.mean(0), 2)) @ v
@@ -285,7 +139,7 @@ def test_an_operation_without_a_rule_is_named_and_measured_exactly():
 
 def test_parameters_left_out_are_constants():
     model, x, y = prepared("CNN with batch norm and residuals")
-    hessians = dense(model, nn.CrossEntropyLoss(), x, y)
+    hessians = dense_hessians(model, nn.CrossEntropyLoss(), x, y)
     sizes = [p.numel() for p in model.parameters()]
     names = [name for name, _ in model.named_parameters()]
     index = torch.cat(

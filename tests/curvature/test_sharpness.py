@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from test_moments import dense, prepared
+from models import prepared
+from oracles import dense_hessians
 from torch import Tensor, nn
 
 from samlite import Hessian
@@ -27,7 +28,7 @@ def gradients(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> T
 def test_three_sharpnesses_are_those_of_dense_hessians(name):
     model, x, y = prepared(name)
     criterion = nn.CrossEntropyLoss()
-    hessians, slopes = dense(model, criterion, x, y), gradients(model, criterion, x, y)
+    hessians, slopes = dense_hessians(model, criterion, x, y), gradients(model, criterion, x, y)
     mean, g = hessians.mean(0), slopes.mean(0)
     found = Hessian(model, criterion, (x, y)).sharpness()
     assert found.worst == pytest.approx(float(torch.linalg.eigvalsh(mean)[-1]), abs=found.worst_error)
@@ -49,7 +50,7 @@ def test_a_gradient_of_zero_has_no_ascent_and_says_so():
 def test_blocks_are_the_diagonal_blocks_of_the_layers():
     model, x, y = prepared("MLP")
     hessian = Hessian(model, nn.CrossEntropyLoss(), (x, y))
-    mean = dense(model, nn.CrossEntropyLoss(), x, y).mean(0)
+    mean = dense_hessians(model, nn.CrossEntropyLoss(), x, y).mean(0)
     found = hessian.blocks(k=2)
     assert list(found) == ["0", "2"] and [block.parameters for block in found.values()] == [25, 18]
     for block, part in zip(found.values(), (mean[:25, :25], mean[25:, 25:]), strict=True):

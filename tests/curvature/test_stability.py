@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_moments import WHOLE, dense, dense_gauss_newton, prepared
+from models import WHOLE, prepared
+from oracles import dense_gauss_newton, dense_hessians
 from torch import Tensor, nn
 
 from samlite import Hessian
@@ -71,7 +72,7 @@ def test_gauss_newton_stability_of_a_network_matches_dense_matrices(name: str, l
 
 def test_the_form_in_powers_of_the_mean_is_the_same_matrix() -> None:
     model, x, y = prepared("MLP")
-    hessians, lr, rho = dense(model, nn.CrossEntropyLoss(), x, y), 0.3, 0.05
+    hessians, lr, rho = dense_hessians(model, nn.CrossEntropyLoss(), x, y), 0.3, 0.05
     a, b = matrices(hessians, rho)
     mean, eye = hessians.mean(0), torch.eye(hessians.shape[1])
     base = eye - lr * mean - lr * rho * mean @ mean
@@ -146,7 +147,7 @@ def test_the_verdict_predicts_what_sam_does(rho: float) -> None:
     model, x = Tiny(), torch.randn(4, 4)
     y = model(x).detach()  # the weights interpolate
     hessian = Hessian(model, nn.MSELoss(), (x, y))
-    hessians = dense(model, nn.MSELoss(), x, y)
+    hessians = dense_hessians(model, nn.MSELoss(), x, y)
     max_lr, exact = hessian.stability(0.1, rho, tol=1e-8).max_lr, threshold(hessians, rho)
     assert max_lr <= exact * (1 + 1e-6)  # a bound on every step is stricter than the mean over many
     below, above = 0.9 * max_lr, 1.3 * exact

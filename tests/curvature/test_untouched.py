@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_hessian import dense
+from models import network, samples
+from oracles import dense_hessian
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
@@ -22,19 +23,6 @@ from samlite import Hessian
 
 CE = nn.CrossEntropyLoss()
 F = nn.functional
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-
-
-def samples(n: int = 20, classes: int = 3) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return (
-        torch.randn(n, 4, generator=generator, dtype=torch.float64),
-        torch.randint(0, classes, (n,), generator=generator),
-    )
 
 
 def top(model: nn.Module, loss: Any = CE, data: Any = None, **options: Any) -> Tensor:
@@ -264,7 +252,7 @@ def test_a_loss_that_differentiates_inside_is_measured() -> None:
         return (slope + u).square().mean()
 
     found = top(model, lambda m, b: residual(m), [(t, t)])
-    assert close(found, torch.linalg.eigvalsh(dense(model, residual)).flip(0)[:2])
+    assert close(found, torch.linalg.eigvalsh(dense_hessian(model, residual)).flip(0)[:2])
 
 
 # --- Hooks
@@ -586,7 +574,7 @@ def test_an_encoder_with_a_padding_mask_is_measured_layer_by_layer() -> None:
     x, y = torch.randn(6, 3, 4, dtype=torch.float64), torch.arange(6) % 3
     for name in ("head.*", "encoder.layers.0.*"):
         chosen = [n for n, _ in model.named_parameters() if n.startswith(name[:-1])]
-        truth = torch.linalg.eigvalsh(dense(model, lambda f: CE(f(x), y), chosen)).flip(0)[:2]
+        truth = torch.linalg.eigvalsh(dense_hessian(model, lambda f: CE(f(x), y), chosen)).flip(0)[:2]
         assert close(top(model, data=(x, y), params=name), truth)
 
 
@@ -614,7 +602,7 @@ def test_an_lstm_that_packs_inside_is_measured_sample_by_sample() -> None:
     truth = []
     for i in range(5):
         one = {key: value[i : i + 1] for key, value in batch.items()}
-        truth.append(dense(model, lambda f, one=one: CE(f(one), one["y"])))
+        truth.append(dense_hessian(model, lambda f, one=one: CE(f(one), one["y"])))
     stack = torch.stack(truth)
     spread = (stack @ stack).mean(0) - stack.mean(0) @ stack.mean(0)
     assert moments.powers[2] == pytest.approx(float(torch.linalg.eigvalsh(spread)[-1]), rel=1e-7)

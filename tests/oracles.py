@@ -1,0 +1,68 @@
+"""Ground truth that several tests compare with: dense matrices by autograd, a row or a column at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def dense_hessian(model: nn.Module, loss: Callable[[Any], Tensor], names: list[str] | None = None) -> Tensor:
+    """The Hessian of loss(model) by the named parameters, column by column in float64."""
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad and (names is None or n in names)}
+    shapes = {n: p.shape for n, p in parameters.items()}
+    flat = torch.cat([p.detach().reshape(-1) for p in parameters.values()])
+
+    def value(w: Tensor) -> Tensor:
+        pieces = w.split([shape.numel() for shape in shapes.values()])
+        weights = {n: piece.view(shapes[n]) for n, piece in zip(shapes, pieces, strict=True)}
+        return loss(lambda *inputs: functional_call(model, weights, inputs))
+
+    # outer products of fused attention have no second derivative
+    with sdpa_kernel(SDPBackend.MATH):
+        hessian: Tensor = torch.autograd.functional.hessian(value, flat)
+    return hessian
+
+
+def dense_hessians(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """(n, p, p) per-sample Hessians, a row at a time by autograd."""
+    params = list(model.parameters())
+
+    def flattened(parts: tuple[Tensor | None, ...]) -> Tensor:
+        filled = [torch.zeros_like(p) if part is None else part for part, p in zip(parts, params, strict=True)]
+        return torch.cat([part.reshape(-1) for part in filled])
+
+    hessians = []
+    with sdpa_kernel(SDPBackend.MATH):
+        for i in range(len(x)):
+            loss = criterion(model(x[i : i + 1]), y[i : i + 1])
+            gradient = flattened(torch.autograd.grad(loss, params, create_graph=True, allow_unused=True))
+            hessians.append(
+                torch.stack(
+                    [flattened(torch.autograd.grad(g, params, retain_graph=True, allow_unused=True)) for g in gradient]
+                )
+            )
+    return torch.stack(hessians)
+
+
+def dense_gauss_newton(model: nn.Module, x: Tensor) -> Tensor:
+    """(n, p, p) per-sample Gauss-Newton matrices of cross-entropy, from Jacobians and its known Hessian."""
+    params = list(model.parameters())
+    matrices = []
+    for i in range(len(x)):
+        outputs = model(x[i : i + 1])[0]
+        rows = [torch.autograd.grad(z, params, retain_graph=True, materialize_grads=True) for z in outputs]
+        jacobian = torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
+        p = outputs.detach().softmax(0)
+        matrices.append(jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian)
+    return torch.stack(matrices)
+
+
+def moment(hessians: Tensor, order: int) -> Tensor:
+    return torch.linalg.matrix_power(hessians, order).mean(0)
+
+
+def largest(matrix: Tensor) -> float:
+    return float(torch.linalg.eigvalsh(matrix)[-1])
