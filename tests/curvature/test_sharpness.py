@@ -9,7 +9,6 @@ from oracles import dense_hessians
 from torch import Tensor, nn
 
 from samlite import Hessian
-from samlite.curvature.tracking import Tracker
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -74,26 +73,3 @@ def test_sharpness_scales_with_the_loss(dtype, exponents):
     right = found(0)
     for exponent in exponents:
         assert torch.allclose(found(exponent), right, rtol=20 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize(("dtype", "exponents"), [(torch.float64, [-548, 332]), (torch.float32, [-70, 70])])
-def test_tracked_eigenvalues_scale_with_the_loss(dtype, exponents):
-    def found(exponent):
-        torch.manual_seed(1)
-        model, x, y = prepared("MLP")
-        model, x = model.to(dtype), x.to(dtype)
-
-        def loss(model, batch):
-            return nn.functional.cross_entropy(model(batch[0]), batch[1]) * 2.0**exponent
-
-        tracker, values = Tracker(Hessian(model, loss, (x, y)), 2), []
-        for _ in range(4):
-            values.append(tracker.measure()["eigenvalues"])
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.mul_(1.01)
-        return torch.tensor(values) / 2.0**exponent
-
-    right = found(0)
-    for exponent in exponents:
-        assert torch.equal(found(exponent), right)

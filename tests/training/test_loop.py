@@ -11,10 +11,9 @@ import pytest
 import torch
 from conftest import command, contents, process
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from samlite import Hessian, files, tasks
-from samlite.curvature.tracking import Tracker
 from samlite.tasks import TensorData
 from samlite.training import loop
 from samlite.training import session as training
@@ -394,34 +393,6 @@ def test_more_eigenvalues_than_parameters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="track must be <= the number of parameters, 587, got 588"):
         list(train(digits(track=588), tmp_path))
     assert contents(tmp_path) == {}
-
-
-class Quartic(nn.Module):
-    """f = sum w_i^4 / 12, with the Hessian diag(w_i^2)."""
-
-    def __init__(self, curvature: list[float]) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(curvature).double().sqrt())
-
-    def become(self, curvature: list[float]) -> None:
-        with torch.no_grad():
-            self.w.copy_(torch.tensor(curvature).double().sqrt())
-
-
-def quartic(curvature: list[float], k: int = 1) -> tuple[Quartic, Tracker]:
-    model = Quartic(curvature)
-    data = [(torch.zeros(1), torch.zeros(1))]
-    return model, Tracker(Hessian(model, lambda model, batch: model.w.pow(4).sum() / 12, data), k)
-
-
-def test_an_eigenvalue_that_overtakes_is_noticed() -> None:
-    pytest.importorskip("samlite._C")
-    rest = [1.0, 0.5] * 10
-    model, tracker = quartic([4.0, 3.0, *rest])
-    for second in (3.0, 3.3, 3.6, 3.9, 4.2, 4.5):  # its eigenvector stays orthogonal to the one that is followed
-        model.become([4.0, second, *rest])
-        (value,) = tracker.measure()["eigenvalues"]
-        assert value == pytest.approx(max(4.0, second), rel=1e-3)
 
 
 def test_what_did_not_converge_is_none_and_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
