@@ -112,7 +112,6 @@ def sweep(
     each run is a job, which is requeued and resumes when its time is up.
     """
     from samlite import sweep as sweeps
-    from samlite.sweep.engines import Cluster, Local
 
     if engine == "local" and (partition or gpus):
         raise UsageError("--partition and --gpus must go with --engine slurm; leave them out")
@@ -129,17 +128,31 @@ def sweep(
     _check_taken(given, cells)
     folder = out or Path("runs") / task
     if engine == "slurm":
-        where: Engine = Cluster(folder, engine, partition, gpus, minutes)
-        jobs = len(cells) if jobs is None else jobs
+        where, most = _cluster(folder, partition, gpus, minutes), len(cells)
     else:
-        visible = _gpus() if cells[0].device == "cuda" else []
-        where = Local(visible)
-        jobs = _at_once(cells[0], visible) if jobs is None else jobs
-    failures = _run(folder, cells, measure, jobs, where)
+        where, most = _this_machine(cells[0])
+    failures = _run(folder, cells, measure, most if jobs is None else jobs, where)
     if failures < len(cells):
         present(folder, "params", as_json)
     if failures:
         raise RuntimeError(f"{failures} of {len(cells)} runs failed; repeat the command to retry them")
+
+
+def _cluster(folder: Path, partition: str | None, gpus: int, minutes: int) -> "Engine":
+    from samlite.sweep.engines import Cluster
+
+    return Cluster(folder, "slurm", partition, gpus, minutes)
+
+
+def _this_machine(cell: "Config") -> "tuple[Engine, int]":
+    """The engine, and how many runs it has room for: by its cores, or one for each GPU."""
+    from samlite.sweep.engines import Local
+
+    gpus = _gpus() if cell.device == "cuda" else []
+    if cell.device != "cpu":
+        return Local(gpus), max(1, len(gpus))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Local(gpus), max(1, cores // cell.threads)
 
 
 def _check_taken(given: dict[str, Any], cells: "list[Config]") -> None:
@@ -157,14 +170,6 @@ def _gpus() -> list[str]:
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",") if named else list(map(str, range(torch.cuda.device_count())))
-
-
-def _at_once(cell: "Config", gpus: list[str]) -> int:
-    """How many runs this machine has room for: by its cores, or one for each GPU."""
-    if cell.device != "cpu":
-        return max(1, len(gpus))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // cell.threads)
 
 
 def _run(folder: Path, cells: "list[Config]", measure: tuple[str, ...], jobs: int, engine: "Engine") -> int:

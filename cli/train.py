@@ -85,11 +85,11 @@ def train(
         if settings.track:
             draw(settings, folder)
         converged = _measure(settings, folder, measure, bar)
-    found = _found(folder)
+    records = _found(folder)
     if as_json:
-        print_json({"folder": str(folder), "config": settings.to_json(), **found})
+        print_json({"folder": str(folder), "config": settings.to_json(), **records})
     else:
-        _show(settings, folder, **found)
+        _show(settings, folder, **records)
     if not converged:
         more = " --moments" if "moments" in measure else ""
         raise RuntimeError(f"the measurement did not converge; try: samlite sharpness {folder}{more} --tol 1e-2")
@@ -186,14 +186,14 @@ def _show(settings: "Config", folder: Path, result: dict[str, Any], sharpness: A
 
 def _sharpness_rows(sharpness: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The measurements of a run, those that it has."""
-    if found := sharpness.get("eigenvalues"):
-        error = found.get("errors", [None])[0]
+    if measured := sharpness.get("eigenvalues"):
+        error = measured.get("errors", [None])[0]
         spread = "" if error is None else f" ± {error:.1g}"
-        yield "sharpness", f"λ_max {found['values'][0]:.6g}{spread}{_status(found)}"
-    if found := sharpness.get("moments"):
-        orders = found.get("nonuniformity", {}).items()
-        yield "non-uniformity", ", ".join(f"s_{k} {s:.4g}" for k, s in orders if s is not None) + _status(found)
+        yield "sharpness", f"λ_max {measured['values'][0]:.6g}{spread}{_status(measured)}"
+    if measured := sharpness.get("moments"):
+        orders = measured.get("nonuniformity", {}).items()
+        yield "non-uniformity", ", ".join(f"s_{k} {s:.4g}" for k, s in orders if s is not None) + _status(measured)
 
 
-def _status(found: dict[str, Any]) -> str:
-    return "" if found["converged"] else ", not converged"
+def _status(measured: dict[str, Any]) -> str:
+    return "" if measured["converged"] else ", not converged"

@@ -65,9 +65,9 @@ def samples(batch: Any) -> int:
     """How many samples a batch holds, where that is beyond doubt. Graphs count, not their nodes."""
     sizes = _sizes(batch)
     if len(sizes) != 1:
-        found = "tensors of " + " and ".join(map(str, sorted(sizes))) + " rows" if sizes else described(batch)
+        got = "tensors of " + " and ".join(map(str, sorted(sizes))) + " rows" if sizes else described(batch)
         raise UsageError(
-            f"loss_fn must return (mean loss, weight) where the batch does not show its number of samples, got {found}"
+            f"loss_fn must return (mean loss, weight) where the batch does not show its number of samples, got {got}"
         )
     return sizes.pop()
 

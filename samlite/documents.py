@@ -56,11 +56,11 @@ def check(document: Any, shape: Shape, needed: Iterable[str] = ()) -> dict[str, 
     """A JSON object of this shape that has the fields needed; ValueError names the first that is wrong."""
     _check(document, shape)
     for name in needed:
-        found = document
+        place = document
         for part in name.split("."):
-            if part not in found:
+            if part not in place:
                 raise UsageError(f"it must hold the field {name}")
-            found = found[part]
+            place = place[part]
     checked: dict[str, Any] = document
     return checked
 

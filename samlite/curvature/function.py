@@ -260,10 +260,10 @@ class Losses(Stream):
             uses = _OtherUses(module.weight)
             with torch.no_grad():
                 self._evaluate(batch, [], capture=uses)
-            if uses.found:
+            if uses.name:
                 raise UsageError(
                     f"rows of {name or 'the model'}.weight must not be longer than max_norm={module.max_norm} where "
-                    f"{uses.found} uses it as well, got {longest:.4g}; shorten them first (torch.renorm)"
+                    f"{uses.name} uses it as well, got {longest:.4g}; shorten them first (torch.renorm)"
                 )
 
 
@@ -299,13 +299,13 @@ class _OtherUses(TorchFunctionMode):
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
-        self.tensor, self.found = tensor, ""
+        self.tensor, self.name = tensor, ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         used = any(value is self.tensor for value in (*args, *(kwargs or {}).values()))
         if used and func is not F.embedding and isinstance(result, Tensor):
-            self.found = getattr(func, "__name__", str(func))
+            self.name = getattr(func, "__name__", str(func))
         return result
 
 

@@ -101,7 +101,7 @@ def graph_bytes(held: Iterable[Tensor], constants: Iterable[Tensor]) -> int:
             hidden += sum(math.prod(output.shape) * output.dtype.itemsize for output in node._input_metadata)
         for tensor in _saved(node):
             add(tensor)
-    return hidden + sum(min(sum(found.values()), whole[storage]) for storage, found in parts.items())
+    return hidden + sum(min(sum(sizes.values()), whole[storage]) for storage, sizes in parts.items())
 
 
 def operations_behind(value: Tensor) -> set[str]:
@@ -125,8 +125,8 @@ def _saved(node: Any) -> list[Tensor]:
     kind = type(node)
     if kind not in _SAVED:
         _SAVED[kind] = [name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors"]
-    found: list[Tensor] = []
+    parts: list[Tensor] = []
     for name in _SAVED[kind]:
         value = getattr(node, name)
-        found += [part for part in (value if isinstance(value, tuple | list) else [value]) if isinstance(part, Tensor)]
-    return found
+        parts += [part for part in (value if isinstance(value, tuple | list) else [value]) if isinstance(part, Tensor)]
+    return parts

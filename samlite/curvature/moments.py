@@ -25,8 +25,8 @@ def moments(
     converged, matvecs = first.converged, first.matvecs
     for k in range(2, order + 1):
         operator = hessian.moment_operator(k, unit)
-        found, exponent, _ = operator.eigenpairs(tol=tol, seed=seed, progress=progress)
-        power, error = found.values[0], found.errors[0]
+        pairs, exponent, _ = operator.eigenpairs(tol=tol, seed=seed, progress=progress)
+        power, error = pairs.values[0], pairs.errors[0]
         # The root is taken of the matrix over 2^exponent, a multiple of k.
         nonuniformity[k] = ldexp(power ** (1 / k), exponent // k) if power > error else 0.0
         known = holds(max(abs(power), error), exponent)
@@ -38,7 +38,7 @@ def moments(
             )
         powers[k] = ldexp(power, exponent) if known else math.nan
         errors[k] = ldexp(error, exponent) if known else math.nan
-        converged, matvecs = converged and found.converged, matvecs + found.matvecs
+        converged, matvecs = converged and pairs.converged, matvecs + pairs.matvecs
     return Moments(
         sharpness=float(first.values[0]),
         nonuniformity=nonuniformity,

@@ -76,10 +76,10 @@ def blocks(hessian: HessianProducts, k: int, tol: float, seed: int, progress: Pr
         name = name.replace(".parametrizations.weight.original", ".weight")  # of a masked layer
         if param.numel():
             layers.setdefault(name.rpartition(".")[0] or name, []).append(param)
-    found = {}
+    result = {}
     for layer, params in layers.items():
         block = hessian.restricted(params)
         most = min(k, block.shape[0])
         values = block.eigenvalues(most, seed=seed, progress=progress)
-        found[layer] = Block(block.shape[0], values, block.trace(tol, seed=seed, progress=progress))
-    return found
+        result[layer] = Block(block.shape[0], values, block.trace(tol, seed=seed, progress=progress))
+    return result

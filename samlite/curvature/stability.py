@@ -76,17 +76,17 @@ class Analysis:
 
     def largest(self, a: float, b: float, scale: float, start: Tensor | None = None) -> tuple[float, float, Tensor]:
         """The largest eigenvalue of a A + b B, its error (about `fine` * scale) and its vector."""
-        found = self.mixed(a, b, scale).eigenvalues(
+        pairs = self.mixed(a, b, scale).eigenvalues(
             1, tol=self.fine, start=start, vectors=True, seed=self.seed, progress=self.progress
         )
-        self.count(found)
-        assert found.vectors is not None
-        return float(found.values[0]) - scale, float(found.errors[0]), found.vectors[:, 0]
+        self.count(pairs)
+        assert pairs.vectors is not None
+        return float(pairs.values[0]) - scale, float(pairs.errors[0]), pairs.vectors[:, 0]
 
-    def count(self, found: Any) -> None:
+    def count(self, pairs: Any) -> None:
         """Take a solve into the account."""
-        self.matvecs += found.matvecs
-        self.converged &= found.converged
+        self.matvecs += pairs.matvecs
+        self.converged &= pairs.converged
 
     def pencil(self, v: Tensor) -> tuple[float, float]:
         """The largest mu of B x = mu A x and its error, by Newton's method from below (Dinkelbach, 1967).
@@ -126,14 +126,14 @@ class Analysis:
         start = self.mixed(1, 0) @ start
         steps = max(1, min(_STEPS, p, self.hessian.memory // (p * like.element_size())))
         with self.mixed(-2, lr).products() as operator:
-            found = compiled().spectral_measure(operator, start, steps)
-        self.matvecs += found.matvecs + 1
+            measure = compiled().spectral_measure(operator, start, steps)
+        self.matvecs += measure.matvecs + 1
         rounding = 100 * torch.finfo(like.dtype).eps * scale
-        real = found.nodes.abs() > rounding
+        real = measure.nodes.abs() > rounding
         if not real.any():
             return 0.0, rounding
-        margin, residual = float(found.nodes[real][-1]), float(found.residuals[real][-1])  # in ascending order
-        if margin > 0 or (real.all() and float(found.residuals.max()) == 0):
+        margin, residual = float(measure.nodes[real][-1]), float(measure.residuals[real][-1])  # in ascending order
+        if margin > 0 or (real.all() and float(measure.residuals.max()) == 0):
             return margin, residual + rounding
         return margin, abs(margin)
 
@@ -198,9 +198,9 @@ def _bounds(analysis: Analysis, lr: float) -> dict[str, Bound]:
     hessian, unit, rho = analysis.hessian, analysis.unit, analysis.rho
 
     def largest(operator: Operator, power: int) -> float:
-        found, exponent, _ = operator.eigenpairs(tol=analysis.tol, seed=analysis.seed, progress=analysis.progress)
-        analysis.count(found)
-        return ldexp(float(found.values[0]), exponent - power * analysis.exponent)
+        pairs, exponent, _ = operator.eigenpairs(tol=analysis.tol, seed=analysis.seed, progress=analysis.progress)
+        analysis.count(pairs)
+        return ldexp(float(pairs.values[0]), exponent - power * analysis.exponent)
 
     def bound(value: float, limit: float, power: int) -> Bound:
         return Bound(ldexp(value, power * analysis.exponent), ldexp(limit, power * analysis.exponent))

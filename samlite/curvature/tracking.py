@@ -43,25 +43,25 @@ class Tracker:
     def measure(self) -> dict[str, Any]:
         """`eigenvalues` at the present weights, largest first, None for one not found to 1e-3; `products` it took."""
         if self.vectors is None:
-            found = self._eigenvalues(verify=True)
-            products = found.matvecs
+            result = self._eigenvalues(verify=True)
+            products = result.matvecs
         else:
-            found = self._eigenvalues(start=self.vectors, verify=False)
-            products, vectors = found.matvecs, found.vectors
+            result = self._eigenvalues(start=self.vectors, verify=False)
+            products, vectors = result.matvecs, result.vectors
             assert vectors is not None
             if products > self.k + NEAR:
-                found = self._eigenvalues(start=vectors, verify=True)
-                products += found.matvecs
+                result = self._eigenvalues(start=vectors, verify=True)
+                products += result.matvecs
             elif self.k < len(vectors):
-                missed = self._power_step(vectors, float(found.values[-1]))
+                missed = self._power_step(vectors, float(result.values[-1]))
                 products += 1
                 if missed is not None:
                     self.outsider = vectors[:, -1]  # whose place it takes
-                    found = self._eigenvalues(start=torch.cat([vectors, missed[:, None]], dim=1), verify=False)
-                    products += found.matvecs
-        if found.complete is not False:  # else the next measurement starts as this one did
-            self.vectors = found.vectors
-        return {"eigenvalues": _trusted(found), "products": products}
+                    result = self._eigenvalues(start=torch.cat([vectors, missed[:, None]], dim=1), verify=False)
+                    products += result.matvecs
+        if result.complete is not False:  # else the next measurement starts as this one did
+            self.vectors = result.vectors
+        return {"eigenvalues": _trusted(result), "products": products}
 
     def state_dict(self) -> dict[str, Any]:
         """What the next measurement starts from."""
@@ -97,8 +97,8 @@ class Tracker:
         return v if float(v @ w) > last + TOL * abs(last) else None
 
 
-def _trusted(found: Eigenvalues) -> list[float | None]:
-    if found.complete is False:
-        return [None] * len(found.values)
-    within = found.errors <= TOL * found.values.abs()
-    return [value if found.converged or ok else None for value, ok in zip(found.values.tolist(), within, strict=True)]
+def _trusted(result: Eigenvalues) -> list[float | None]:
+    if result.complete is False:
+        return [None] * len(result.values)
+    within = result.errors <= TOL * result.values.abs()
+    return [value if result.converged or ok else None for value, ok in zip(result.values.tolist(), within, strict=True)]

@@ -242,7 +242,7 @@ def _projected(module: nn.Embedding) -> Iterator[None]:
 
 def modules_in(loss_fn: Any) -> list[nn.Module]:
     """The modules that a loss holds: it is one, closes over one, names one, or is bound to one."""
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
     unseen, seen = [loss_fn], set()
     while unseen:
         part = unseen.pop()
@@ -250,7 +250,7 @@ def modules_in(loss_fn: Any) -> list[nn.Module]:
             continue
         seen.add(id(part))
         if isinstance(part, nn.Module):
-            found.append(part)
+            modules.append(part)
         elif isinstance(part, partial):
             unseen += [part.func, *part.args, *part.keywords.values()]
         elif hasattr(part, "__self__") and hasattr(part, "__func__"):
@@ -261,7 +261,7 @@ def modules_in(loss_fn: Any) -> list[nn.Module]:
             unseen += [*cells, *(part.__defaults__ or ()), *(each for each in named if isinstance(each, nn.Module))]
         elif part is loss_fn or isinstance(part, list | tuple):
             unseen += list(part) if isinstance(part, list | tuple) else list(getattr(part, "__dict__", {}).values())
-    return found
+    return modules
 
 
 def _filled(cell: Any) -> bool:

@@ -31,21 +31,21 @@ def molecule(smiles: str) -> Any:
     """
     from rdkit import Chem
 
-    found = Chem.MolFromSmiles(smiles) or _parse_unchecked(smiles)
-    return found if found is not None and found.GetNumAtoms() else None
+    molecule = Chem.MolFromSmiles(smiles) or _parse_unchecked(smiles)
+    return molecule if molecule is not None and molecule.GetNumAtoms() else None
 
 
 def _parse_unchecked(smiles: str) -> Any:
     """Without the check of valences."""
     from rdkit import Chem
 
-    found = Chem.MolFromSmiles(smiles, sanitize=False)
-    if found is None:
+    molecule = Chem.MolFromSmiles(smiles, sanitize=False)
+    if molecule is None:
         return None
-    found.UpdatePropertyCache(strict=False)
+    molecule.UpdatePropertyCache(strict=False)
     checks = Chem.SanitizeFlags.SANITIZE_ALL ^ Chem.SanitizeFlags.SANITIZE_PROPERTIES
-    done = Chem.SanitizeMol(found, checks, catchErrors=True) == Chem.SanitizeFlags.SANITIZE_NONE
-    return found if done else None
+    done = Chem.SanitizeMol(molecule, checks, catchErrors=True) == Chem.SanitizeFlags.SANITIZE_NONE
+    return molecule if done else None
 
 
 def canonical(molecule: Any) -> str:

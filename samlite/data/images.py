@@ -78,9 +78,9 @@ def tables(
         ImportError: `datasets` or pillow is missing.
         UsageError: the source cannot be read, or lacks a split, a column or rows.
     """
-    found = _open(source, task, splits)
-    result = [_table(found[name], f"{source}, split {name!r}", columns) for name in splits]
-    return result, getattr(found[splits[0]].features["label"], "num_classes", None)
+    read = _open(source, task, splits)
+    result = [_table(read[name], f"{source}, split {name!r}", columns) for name in splits]
+    return result, getattr(read[splits[0]].features["label"], "num_classes", None)
 
 
 def decode(table: Table, size: int, mode: str, classes: int) -> TensorData:
@@ -103,8 +103,8 @@ def load_in_memory(
     source: str | None, task: str, *, size: int, mode: str, classes: int, columns: Sequence[str] = ("image",)
 ) -> Splits:
     """The splits train and test as bytes (n, channels, size, size); a tenth of train is held out for validation."""
-    found, _ = tables(source, task, ("train", "test"), columns)
-    train, test = (decode(table, size, mode, classes) for table in found)
+    both, _ = tables(source, task, ("train", "test"), columns)
+    train, test = (decode(table, size, mode, classes) for table in both)
     return Splits(*hold_out(train), test)
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from filelock import BaseFileLock
 
-from samlite.errors import UsageError
+from samlite.errors import UsageError, require
 from samlite.files import claimed, locked, write_json
 from samlite.sweep.engines import Engine, Local, Running
 from samlite.sweep.grid import SWEEP, check_one_sweep, read_cells
@@ -54,14 +54,10 @@ def run(
         UsageError: the folder holds something else, or a sweep with another recipe.
     """
     for name in measure:
-        if name not in MEASURES:
-            raise UsageError(f"measure must be of {', '.join(MEASURES)}, got {name!r}")
-    if jobs < 1:
-        raise UsageError(f"jobs must be >= 1, got {jobs}")
+        require(name in MEASURES, f"measure must be of {', '.join(MEASURES)}, got {name!r}")
+    require(jobs >= 1, f"jobs must be >= 1, got {jobs}")
     folder, engine = Path(folder), engine or Local()
-    _merged(folder, cells)  # before anything is written there
-    with locked(folder):
-        write_json(folder / SWEEP, {"cells": [cell.to_json() for cell in _merged(folder, cells)]})
+    _record(folder, cells)
     waiting = []
     for cell in cells:
         if finished(folder / cell.name, cell, measure):
@@ -103,6 +99,13 @@ def run(
 def finished(folder: Path, cell: Config, measure: Collection[str] = ()) -> bool:
     """Whether the folder holds the result of this very cell, with converged measurements of all that is asked."""
     return (folder / RESULT).is_file() and read_config(folder) == cell and is_measured(folder, measure)
+
+
+def _record(folder: Path, cells: Sequence[Config]) -> None:
+    """Add the cells to those that the folder records."""
+    _merged(folder, cells)  # before anything is written there
+    with locked(folder):
+        write_json(folder / SWEEP, {"cells": [cell.to_json() for cell in _merged(folder, cells)]})
 
 
 def _merged(folder: Path, cells: Sequence[Config]) -> list[Config]:

@@ -106,12 +106,12 @@ def _table(path: Path) -> tuple[dict[str, list[int]], GraphData]:
     table, places = _Table(path), dict[str, int]()
     graphs: list[Graph] = []
     scaffolds, owners = [], []
-    for found in table.molecules():
-        name = canonical(found)
+    for one in table.molecules():
+        name = canonical(one)
         if name not in places:
             places[name] = len(graphs)
-            graphs.append(graph(found))
-            scaffolds.append(scaffold(found))
+            graphs.append(graph(one))
+            scaffolds.append(scaffold(one))
         owners.append(places[name])
     targets = _merge_labels(table.targets(), torch.tensor(owners), len(graphs))
     return dict(zip(PARTS, scaffold_split(scaffolds), strict=True)), GraphData.of(graphs, targets)
@@ -166,12 +166,12 @@ class _Table:
 
 
 def _molecule(smiles: str, place: str) -> Any:
-    found = molecule(smiles)
-    if found is None:
+    result = molecule(smiles)
+    if result is None:
         raise UsageError(f"{place}: not a valid SMILES: {smiles!r}")
-    if found.GetNumAtoms() > LARGEST:
-        raise UsageError(f"{place}: a molecule must have at most {LARGEST} atoms, got {found.GetNumAtoms()}")
-    return found
+    if result.GetNumAtoms() > LARGEST:
+        raise UsageError(f"{place}: a molecule must have at most {LARGEST} atoms, got {result.GetNumAtoms()}")
+    return result
 
 
 def _rows(path: Path) -> Iterator[list[str]]:
@@ -179,16 +179,16 @@ def _rows(path: Path) -> Iterator[list[str]]:
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(regular(path), "rt", encoding="utf-8-sig", newline="") as file:
-            found = False
+            any_rows = False
             for row in csv.reader(file):
                 if row:
-                    found = True
+                    any_rows = True
                     yield row
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path} is not a readable csv file: {str(error) or type(error).__name__}") from error
-    if not found:
+    if not any_rows:
         raise UsageError(f"{path}: no rows")
 
 

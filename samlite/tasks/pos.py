@@ -62,10 +62,10 @@ def load(source: str | None, seed: int) -> Splits:
 
 
 def _file(folder: Path, split: str) -> Path:
-    found = list(folder.glob(f"*-ud-{split}.conllu"))
-    if len(found) != 1:
-        raise UsageError(f"{folder} must hold one file *-ud-{split}.conllu, got {len(found)}")
-    return found[0]
+    files = list(folder.glob(f"*-ud-{split}.conllu"))
+    if len(files) != 1:
+        raise UsageError(f"{folder} must hold one file *-ud-{split}.conllu, got {len(files)}")
+    return files[0]
 
 
 def _read(path: Path) -> list[Sentence]:

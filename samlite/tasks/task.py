@@ -155,8 +155,8 @@ class Task:
         loss = (torch.stack(losses).sum() / torch.stack(weights).sum()).item()
         if meter is None:
             return Scores(loss, loss)
-        found = meter.compute()
-        return Scores(loss, found.pop(self.metric), found)
+        metrics = meter.compute()
+        return Scores(loss, metrics.pop(self.metric), metrics)
 
     def subsample(self, model: nn.Module, data: Any, count: int, seed: int) -> tuple[Any, int]:
         """What a Hessian is measured on: so many samples drawn by the seed, all if there are no more; and how many.

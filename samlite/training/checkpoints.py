@@ -78,8 +78,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             state = state[key]
     others = [name for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if others or not state:
-        found = f"{described(others[0])}: {described(state[others[0]])}" if others else "none"
-        raise UsageError(f"{path} must hold named tensors, as model.state_dict() gives them, got {found}")
+        held = f"{described(others[0])}: {described(state[others[0]])}" if others else "none"
+        raise UsageError(f"{path} must hold named tensors, as model.state_dict() gives them, got {held}")
     return state
 
 

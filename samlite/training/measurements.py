@@ -75,15 +75,15 @@ def read_sharpness(folder: Path) -> dict[str, Any]:
     path = folder / SHARPNESS
     if not path.exists():
         return {}
-    found = read_json(path)
+    record = read_json(path)
     try:
-        check(found, _SHARPNESS)
-        for measured in (found, found.get("ggn", {})):
+        check(record, _SHARPNESS)
+        for measured in (record, record.get("ggn", {})):
             for name, fields in _NEEDED.items():
                 check(measured, {}, [f"{name}.{field}" for field in fields if name in measured])
             if measured.get("moments", {}).get("converged"):
                 check(measured["moments"], {"nonuniformity": {"*": POSITIVE}}, ["nonuniformity"])
-        return found
+        return record
     except UsageError as error:
         raise UsageError(f"{path} is not a measurement ({error}); delete it and measure again") from None
 
@@ -97,19 +97,19 @@ def is_measured(folder: Path, measure: Collection[str]) -> bool:
 
 def sharpness(folder: Path) -> float | None:
     """The largest Hessian eigenvalue of a run; None where it was not measured or cannot be trusted."""
-    found = read_sharpness(folder).get("eigenvalues")
-    if found is None:
+    eigenvalues = read_sharpness(folder).get("eigenvalues")
+    if eigenvalues is None:
         return None
-    trusted = found["which"] == "LA" and found["converged"] and found["complete"] is not False
-    return float(found["values"][0]) if trusted else None
+    trusted = eigenvalues["which"] == "LA" and eigenvalues["converged"] and eigenvalues["complete"] is not False
+    return float(eigenvalues["values"][0]) if trusted else None
 
 
 def nonuniformity(folder: Path) -> dict[int, float] | None:
     """The s_k of a run's moments by their order k; None where they were not measured or did not converge."""
-    found = read_sharpness(folder).get("moments")
-    if found is None or found["unit"] != "sample" or not found["converged"]:
+    moments = read_sharpness(folder).get("moments")
+    if moments is None or moments["unit"] != "sample" or not moments["converged"]:
         return None
-    return {int(k): float(s) for k, s in found["nonuniformity"].items()}
+    return {int(k): float(s) for k, s in moments["nonuniformity"].items()}
 
 
 def measure_run(folder: Path, moments: bool = False, progress: Progress | None = None) -> None:
@@ -124,8 +124,8 @@ def measure_run(folder: Path, moments: bool = False, progress: Progress | None =
     if moments and not is_measured(folder, ["moments"]):
         # A sample that is fitted well has an output gradient of rounding errors in float32, and so have its powers.
         dtype = "float32" if any(p.device.type == "mps" for p in subject.model.parameters()) else "float64"
-        found = subject.hessian(dtype).moments(progress=progress)
-        record["moments"] = {**document(found), "dtype": dtype}
+        result = subject.hessian(dtype).moments(progress=progress)
+        record["moments"] = {**document(result), "dtype": dtype}
     keep(folder, record)
 
 
@@ -149,7 +149,7 @@ def _converged(value: Any) -> Any:
     return value.get("converged") if isinstance(value, dict) else None
 
 
-def as_record(subject: Subject, found: Eigenvalues, which: str = "LA", **settings: Any) -> dict[str, Any]:
+def as_record(subject: Subject, eigenvalues: Eigenvalues, which: str = "LA", **settings: Any) -> dict[str, Any]:
     """A measurement as JSON: what was measured, the values, and how far they can be trusted."""
     return {
         "samples": subject.samples,
@@ -160,14 +160,14 @@ def as_record(subject: Subject, found: Eigenvalues, which: str = "LA", **setting
         **settings,
         "eigenvalues": {
             "which": which,
-            "values": found.values.tolist(),
-            "errors": document(found.errors),
-            "residuals": document(found.residuals),
-            "converged": found.converged,
-            "complete": found.complete,
-            "matvecs": found.matvecs,
+            "values": eigenvalues.values.tolist(),
+            "errors": document(eigenvalues.errors),
+            "residuals": document(eigenvalues.residuals),
+            "converged": eigenvalues.converged,
+            "complete": eigenvalues.complete,
+            "matvecs": eigenvalues.matvecs,
         },
-        "seconds": found.seconds,
+        "seconds": eigenvalues.seconds,
     }
 
 

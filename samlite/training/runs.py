@@ -71,9 +71,9 @@ def read_config(folder: Path) -> Config:
 
 def read_result(folder: Path, *needed: str) -> dict[str, Any]:
     """Read the result of a run, with these fields in it; "final.test_metric" is within "final". Raises UsageError."""
-    found = read_json(folder / RESULT)
+    result = read_json(folder / RESULT)
     try:
-        return check(found, _RESULT, needed)
+        return check(result, _RESULT, needed)
     except UsageError as error:
         raise UsageError(
             f"{folder} has a {RESULT} that no run wrote ({error}); delete it and repeat the command of the run"
@@ -171,10 +171,10 @@ def check_folder(out: Path, config: Config, resume: bool) -> None:
         raise UsageError(f"{out} must be empty without resuming; choose another folder or delete this one")
     if not (out / CONFIG).exists():
         raise UsageError(f"{out} must be empty or hold a run, but it has no {CONFIG}; choose another folder")
-    found = read_config(out)
+    there = read_config(out)
     differences = [
         f"{name} {value} there, {getattr(config, name)} now"
-        for name, value in vars(found).items()
+        for name, value in vars(there).items()
         if value != getattr(config, name)
     ]
     if differences:
