@@ -40,8 +40,8 @@ def open_splits(source: str | None, task: str, extra: str, names: Sequence[str],
     splits = load(source, task, extra, names)
     for name in names:
         for column in columns:
-            if column not in (names := splits[name].column_names):
-                raise UsageError(f"{source}, split {name!r}: no column {column!r}, only {', '.join(map(repr, names))}")
+            if column not in (known := splits[name].column_names):
+                raise UsageError(f"{source}, split {name!r}: no column {column!r}, only {', '.join(map(repr, known))}")
         if not len(splits[name]):
             raise UsageError(f"{source}, split {name!r}: no rows")
     return [splits[name] for name in names]
