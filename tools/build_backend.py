@@ -8,7 +8,7 @@ requirement of the build. The wheel then requires the minor version of torch tha
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from find_torch import find_torch
+from find_torch import find_torch, minor_of
 from scikit_build_core import build as core
 from scikit_build_core.build import (  # noqa: F401  (hooks that need no torch)
     build_editable,
@@ -37,6 +37,9 @@ def _torch_unless_there() -> list[str]:
 def dynamic_metadata(field: str, settings: Mapping[str, Any] | None = None) -> Sequence[str]:
     """The dependencies of a wheel: those of `settings`, and the minor version of torch that it is built for."""
     torch = find_torch()
-    major, minor = torch.version.split(".")[:2] if torch else ("", "")
-    pin = f"torch>={major}.{minor},<{major}.{int(minor) + 1}" if torch else TORCH
+    if torch is None:
+        pin = TORCH
+    else:
+        major, minor = minor_of(torch.version)
+        pin = f"torch>={major}.{minor},<{major}.{minor + 1}"
     return [pin, *(settings or {}).get("others", [])]

@@ -1,5 +1,6 @@
 """Finds the torch that the compiled module is built for, without importing it."""
 
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -22,8 +23,23 @@ def _target() -> Iterator[str]:
     yield from dict.fromkeys(paths)
 
 
-if __name__ == "__main__":  # for CMake: its folder and its version
-    found = find_torch()
-    if found is None:
+def minor_of(version: str) -> tuple[int, int]:
+    """(2, 13) of 2.13.0+cpu."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _cxx11_abi(folder: Path) -> str:
+    """Whether torch was compiled with the newer strings of libstdc++, as all its wheels since 2.7 are: 1 or 0."""
+    settings = folder / "share" / "cmake" / "Torch" / "TorchConfig.cmake"
+    told = re.search(r"_GLIBCXX_USE_CXX11_ABI=(\d)", settings.read_text()) if settings.is_file() else None
+    return told[1] if told else "1"
+
+
+if __name__ == "__main__":  # for CMake: its folder, its version, the name of the module, and the ABI of its strings
+    torch = find_torch()
+    if torch is None:
         sys.exit("samlite must be built beside torch, which is not installed; pip install torch")
-    print(Path(str(found.locate_file("torch"))).as_posix(), found.version, sep=";", end="")
+    place = Path(str(torch.locate_file("torch")))
+    module = "torch_{}_{}".format(*minor_of(torch.version))
+    print(place.as_posix(), torch.version, module, _cxx11_abi(place), sep=";", end="")

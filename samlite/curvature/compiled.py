@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-import torch
-
 from samlite.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,17 +14,11 @@ if TYPE_CHECKING:
 
 
 def compiled() -> ModuleType:
-    """`samlite._C`, loaded on first use and only beside the torch it was built for."""
-    rebuild = "pip install --no-build-isolation --no-deps --force-reinstall ."
-    running = torch.__version__.split("+")[0]
+    """`samlite._C`, loaded on first use, and built first where none fits the torch of this process."""
     try:
-        built_for = import_module("samlite._torch_version").__version__.split("+")[0]
-        if built_for == running:
-            return import_module("samlite._C")
-        reason = f"was built for torch {built_for}, but torch is {running}"
-    except ImportError as error:
-        reason = f"could not be loaded ({error})"
-    raise ImportError(f"samlite._C {reason}; build it for this torch in a source folder of samlite: {rebuild}")
+        return import_module("samlite._C")
+    except ModuleNotFoundError as error:
+        raise ImportError(f"samlite._C could not be loaded ({error}); pip install samlite again") from error
 
 
 @contextmanager
