@@ -28,10 +28,12 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"
-_STAND_INS: tuple[tuple[str, str, Any], ...] = (
+_STAND_INS: tuple[tuple[str, str, Any], ...] = (  # where they are: versions of torch differ
     ("torch.utils.checkpoint", "CheckpointFunction", _Direct),
     ("torch.utils.checkpoint", _GENERATOR, _Direct.generator),
+    ("torch.utils.checkpoint", f"{_GENERATOR}_impl", _Direct.generator),
     ("torch.distributed._composable.checkpoint_activation", _GENERATOR, _Direct.generator),
+    ("torch.distributed._composable.checkpoint_activation", f"{_GENERATOR}_impl", _Direct.generator),
     ("torch", "_weight_norm", _weight_norm),
     ("torch.nn.utils.weight_norm", "_weight_norm", _weight_norm),
 )
@@ -46,9 +48,10 @@ def twice_differentiable() -> Iterator[None]:
     with _lock:
         _depth += 1
         if _depth == 1:
-            places = [(sys.modules[place], name, other) for place, name, other in _STAND_INS if place in sys.modules]
-            _replaced[:] = [(place, name, getattr(place, name)) for place, name, _ in places]
-            for place, name, other in places:
+            known = [(sys.modules.get(place), name, other) for place, name, other in _STAND_INS]
+            there = [(place, name, other) for place, name, other in known if hasattr(place, name)]
+            _replaced[:] = [(place, name, getattr(place, name)) for place, name, _ in there]
+            for place, name, other in there:
                 setattr(place, name, other)
     try:
         yield
