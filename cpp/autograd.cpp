@@ -69,6 +69,16 @@ void drop_hooks(const std::vector<Tensor>& roots, uint64_t since) {
   });
 }
 
+SavedTensorHooks take_saved_tensor_hooks() {
+  const SavedTensorHooks hooks = at::SavedTensorDefaultHooks::get_tls_state();
+  SavedTensorHooks none = hooks;
+  none.stack = {};
+  at::SavedTensorDefaultHooks::set_tls_state(none);
+  return hooks;
+}
+
+void restore_saved_tensor_hooks(const SavedTensorHooks& hooks) { at::SavedTensorDefaultHooks::set_tls_state(hooks); }
+
 void check_differentiable(const std::vector<Tensor>& derivatives) {
   for_each_node(derivatives, [](Node* node) {
     const auto* error = dynamic_cast<torch::autograd::Error*>(node);

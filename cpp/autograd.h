@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/SavedTensorHooks.h>
 #include <torch/csrc/autograd/edge.h>
 #include <torch/csrc/autograd/function.h>  // an edge needs its node whole
 
@@ -26,6 +27,11 @@ void append(std::vector<Tensor>& all, const std::vector<Tensor>& more);
 // nodes made since `sequence_number()` was `since`, but not off leaves, whose hooks are not this graph's.
 void drop_hooks(const std::vector<Tensor>& roots, uint64_t since);
 uint64_t sequence_number();
+
+// Takes the hooks on tensors that autograd saves off this thread, and gives them back.
+using SavedTensorHooks = at::impl::SavedTensorDefaultHooksTLS;
+SavedTensorHooks take_saved_tensor_hooks();
+void restore_saved_tensor_hooks(const SavedTensorHooks& hooks);
 
 // Raises RuntimeError where the graph behind derivatives holds an operation that has none of its own. autograd itself
 // passes by those of functions marked as once_differentiable, and what depends on them would count as constant.

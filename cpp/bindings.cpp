@@ -171,6 +171,9 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<MatVec, Tensor, int64_t>(), py::arg("function"), py::arg("like"), py::arg("dimension"));
 
   m.def("sequence_number", &sequence_number);
+  py::class_<SavedTensorHooks>(m, "SavedTensorHooks");
+  m.def("take_saved_tensor_hooks", &take_saved_tensor_hooks);
+  m.def("restore_saved_tensor_hooks", &restore_saved_tensor_hooks, py::arg("hooks"));
   m.def("drop_hooks", torch::wrap_pybind_function_no_gil(drop_hooks), py::arg("roots"), py::arg("since"));
   m.def("check_differentiable", torch::wrap_pybind_function_no_gil(check_differentiable), py::arg("derivatives"));
   py::class_<Curvature, std::shared_ptr<Curvature>>(m, "Curvature").def("held", &Curvature::held);

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import backend_registration
 
 from samlite import SAM, AgnosticSAM, FriendlySAM, Hessian, SAMPa
 
@@ -227,6 +228,11 @@ def test_an_autocast_region_around_a_step_on_a_gpu_is_one_in_the_closure(kind: t
 SLOW = {"moments", "moments of batches", "stability", "sharpness", "power iteration", *CHAINS} - {CHAINS[0]}
 
 
+SIMULATED = pytest.mark.skipif(
+    not hasattr(backend_registration, "_DummyBackendModule"), reason="this torch cannot simulate a device"
+)
+
+
 @cache
 def simulated(*names: str) -> dict[str, Any]:
     """What these checks find on the simulated device."""
@@ -237,11 +243,13 @@ def simulated(*names: str) -> dict[str, Any]:
     return found
 
 
+@SIMULATED
 @pytest.mark.parametrize("name", [name for name in CHECKS if name not in SLOW])
 def test_a_device_that_cannot_mix_with_the_cpu_gives_what_the_cpu_does(name: str) -> None:
     close(simulated(*(name for name in CHECKS if name not in SLOW))[name], CHECKS[name]("cpu"))
 
 
+@SIMULATED
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SLOW))
 def test_a_device_that_cannot_mix_with_the_cpu_gives_what_the_cpu_does_slowly(name: str) -> None:

@@ -33,9 +33,8 @@ def closure():
     return loss
 print(float(optimizer.step(closure)))
 model = torch.nn.Linear(2, 1)
-h = samlite.Hessian(model, torch.nn.MSELoss(), (torch.ones(3, 2), torch.ones(3, 1)))
 try:
-    h.eigenvalues()
+    samlite.Hessian(model, torch.nn.MSELoss(), (torch.ones(3, 2), torch.ones(3, 1))).eigenvalues()
 except ImportError as error:
     print(error)
 """)

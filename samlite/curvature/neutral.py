@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from samlite.curvature.compiled import compiled
 from samlite.errors import UsageError
 
 
@@ -75,16 +76,11 @@ def _read(switch: Callable[[], Any]) -> Any:
 @contextmanager
 def _tensors_saved_as_they_are() -> Iterator[None]:
     """No hooks on the tensors that autograd saves, which may round or move them."""
-    autograd: Any = torch._C._autograd
-    hooks = []
-    while top := autograd._top_saved_tensors_default_hooks(True):
-        hooks.append(top)
-        autograd._pop_saved_tensors_default_hooks()
+    hooks = compiled().take_saved_tensor_hooks()
     try:
         yield
     finally:
-        for pack, unpack in reversed(hooks):
-            autograd._push_saved_tensors_default_hooks(pack, unpack)
+        compiled().restore_saved_tensor_hooks(hooks)
 
 
 @contextmanager

@@ -19,6 +19,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from samlite import SAM, AgnosticSAM, FriendlySAM, SAMPa
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this torch does not work on a CPU"
+)
+
 WORLD, STEPS = 2, 4
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAM = partial(torch.optim.AdamW, lr=0.05)
