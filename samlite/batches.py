@@ -111,10 +111,10 @@ def _opened(batch: Any) -> _Opened | None:
         return list(batch), kind
     if kind is dict:
         return list(batch.values()), lambda new: dict(zip(batch, new, strict=True))
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # named
-        return list(batch), lambda new: kind(*new)
     if isinstance(batch, Tensor | PackedSequence | str | bytes | type) or batch is None:
         return None
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # named
+        return list(batch), lambda new: kind(*new)
     parts, structure = tree_flatten(batch, is_leaf=lambda part: part is not batch)
     if not (len(parts) == 1 and parts[0] is batch):
         return parts, lambda new: tree_unflatten(new, structure)
