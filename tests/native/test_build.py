@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -68,8 +67,8 @@ def test_a_build_that_is_killed_leaves_nothing_that_a_later_one_trips_over(tmp_p
     while not list(tmp_path.glob("*/build-*/*.o")):  # in the middle of it
         time.sleep(0.1)
         assert killed.poll() is None
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.kill()
+    killed.communicate()
     out, _ = start(tmp_path).communicate(timeout=600)
     built = Path(out.strip())
     assert built.is_file() and [path.name for path in built.parent.iterdir() if path.name != ".lock"] == [built.name]
