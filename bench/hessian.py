@@ -184,7 +184,7 @@ def pyhessian_run(case: Case, tol: float, seed: int) -> Outcome:
     from pyhessian import hessian
 
     torch.manual_seed(seed)
-    peer = hessian(case.model, CRITERION, data=(case.x, case.y), cuda=False)
+    peer = hessian(case.model, CRITERION, data=(case.x, case.y), cuda=case.x.is_cuda)
     values, _ = peer.eigenvalues(maxIter=1000, tol=tol, top_n=K)
     case.model.zero_grad()  # frees the graph that hangs on the .grad it leaves behind
     return values, None
