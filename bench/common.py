@@ -62,13 +62,18 @@ def plain_resnet(width: int) -> nn.Module:
 # ---- The stopwatch
 
 
-def seconds(work: Work) -> float:
-    """The time of one call, until the device is done."""
+def timed(work: Work) -> tuple[float, Any]:
+    """The seconds of one call, until the device is done, and what it returned."""
     wait()
     began = time.perf_counter()
-    work()
+    result = work()
     wait()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, result
+
+
+def seconds(work: Work) -> float:
+    """The time of one call."""
+    return timed(work)[0]
 
 
 def wait() -> None:

@@ -29,7 +29,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from common import CRITERION, seconds, warm_seconds
+from common import CRITERION, timed, warm_seconds
 from rich.table import Table
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
@@ -283,9 +283,7 @@ def best_run(contender: Contender, case: Case, seed: int) -> Run:
     runs = []
     for setting in contender.settings(case, seed):
         before = warm_seconds(case.gradient)
-        outcomes: list[Outcome] = []
-        elapsed = seconds(lambda into=outcomes, setting=setting: into.append(contender.run(case, setting, seed)))
-        values, products = outcomes[0]
+        elapsed, (values, products) = timed(lambda setting=setting: contender.run(case, setting, seed))
         unit = mean((before, warm_seconds(case.gradient)))
         runs.append(Run(elapsed / unit, case.error(values), contender.label.format(setting), products))
         if runs[-1].error < TOL:

@@ -3,7 +3,6 @@
 import pkgutil
 import sys
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from samlite.batches import is_pair
 from samlite.curvature.stream import checked_data
-from samlite.errors import UsageError
+from samlite.errors import UsageError, shortened
 from samlite.training.checkpoints import check_types, load_weights
 from samlite.training.config import usable_device
 from samlite.training.measurements import Subject, drawn
@@ -97,7 +96,7 @@ def _load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         raise UsageError(
             f"{path} must fit the model of --model: "
             + "; ".join(
-                f"{what} {', '.join(islice(names, 3))}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                f"{what} {shortened(names, 3)}"
                 for what, names in (("it lacks", missing), ("the model has no", unexpected))
                 if names
             )

@@ -90,9 +90,3 @@ def metric(value: float, name: str) -> str:
     from samlite.tasks.metrics import percent  # which needs torch
 
     return f"{100 * value:.2f} %" if percent(name) == 100 else f"{value:.4g}"
-
-
-def shortened(names: Sequence[str], most: int) -> str:
-    """The first of many names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

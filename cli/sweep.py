@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from samlite.cli import options
-from samlite.cli.console import progress, shortened
+from samlite.cli.console import progress
 from samlite.cli.options import json_option, read_recipe, recipe_options, task_argument
 from samlite.cli.report import present
 from samlite.cli.train import draw
-from samlite.errors import UsageError
+from samlite.errors import UsageError, shortened
 from samlite.training.options import OPTIMIZERS, OPTIONS
 
 if TYPE_CHECKING:

@@ -55,6 +55,8 @@ void append(std::vector<Tensor>& all, const std::vector<Tensor>& more) {
     if (tensor.defined()) all.push_back(tensor);
 }
 
+void accumulate(Tensor& sum, const Tensor& term) { sum = sum.defined() ? sum + term : term; }
+
 uint64_t sequence_number() { return at::sequence_number::peek(); }
 
 void drop_hooks(const std::vector<Tensor>& roots, uint64_t since) {

@@ -23,6 +23,9 @@ std::vector<Tensor> pull_back(const std::vector<Tensor>& roots, const std::vecto
 // Appends the tensors that are defined.
 void append(std::vector<Tensor>& all, const std::vector<Tensor>& more);
 
+// Adds to a sum that need not be defined yet.
+void accumulate(Tensor& sum, const Tensor& term);
+
 // Takes the hooks of Python off the graph behind some tensors, as they would change or record every derivative: off
 // nodes made since `sequence_number()` was `since`, but not off leaves, whose hooks are not this graph's.
 void drop_hooks(const std::vector<Tensor>& roots, uint64_t since);

@@ -22,8 +22,6 @@ struct Tap : torch::autograd::Function<Tap> {
   }
 };
 
-void accumulate(Tensor& sum, const Tensor& term) { sum = sum.defined() ? sum + term : term; }
-
 // (n,) as (n, 1, ..., 1), so that it broadcasts against sample-first tensors of so many dimensions.
 Tensor per_sample(const Tensor& scale, int64_t dim) {
   std::vector<int64_t> shape(dim, 1);
@@ -219,13 +217,13 @@ Directions Chain::directions(const std::vector<Derivatives>& dots) const {
       auto& direction = result[p];
       if (!direction && rows_[p]) direction = std::make_unique<OuterProducts>(grams_[p]);
       if (!direction)
-        direction = std::make_unique<OneASample>(at::zeros({n_, params_[p].numel()}, site.delta_first_.options()));
+        direction = std::make_unique<Whole>(at::zeros({n_, params_[p].numel()}, site.delta_first_.options()));
       direction->add(*use, site.a_first_, site.delta_first_, dot);
     }
   }
   for (size_t p = 0; p < params_.size(); ++p)
     if (!result[p])
-      result[p] = std::make_unique<Shared>(at::zeros({params_[p].numel()}, params_[p].options().requires_grad(false)));
+      result[p] = std::make_unique<Whole>(at::zeros({params_[p].numel()}, params_[p].options().requires_grad(false)));
   return result;
 }
 
@@ -255,7 +253,7 @@ void Chain::add_sum(const std::vector<Derivatives>& dots, const Directions& v, c
 
 void Chain::add(const Tensor& v, Tensor& out) {
   Directions direction;
-  for (const auto& part : views(v, params_)) direction.push_back(std::make_unique<Shared>(part.flatten()));
+  for (const auto& part : views(v, params_)) direction.push_back(std::make_unique<Whole>(part.flatten()));
   Tensor scale;
   for (int64_t k = 0; k < out.size(0); ++k) {
     auto dots = derivatives(direction);

@@ -21,33 +21,22 @@ Tensor inner_products(const Tensor& x, const Tensor& y) {
   return x.bmm(y.mT());
 }
 
-Tensor Shared::apply(const Use& use, const Tensor& a, const Tensor& delta) const {
+Tensor Whole::apply(const Use& use, const Tensor& a, const Tensor& delta) const {
   return use.apply(use.view().of(flat_), a, delta);
 }
 
-Tensor Shared::adjoint(const Use& use, const Tensor& a, const Tensor& delta) const {
+Tensor Whole::adjoint(const Use& use, const Tensor& a, const Tensor& delta) const {
   return use.adjoint(use.view().of(flat_), a, delta);
 }
 
-void Shared::add(const Use&, const Tensor&, const Tensor&, const Derivatives&) {
-  TORCH_INTERNAL_ASSERT(false, "the derivatives of samples differ");
-}
-
-Tensor OneASample::apply(const Use& use, const Tensor& a, const Tensor& delta) const {
-  return use.apply(use.view().of_each_sample(flat_), a, delta);
-}
-
-Tensor OneASample::adjoint(const Use& use, const Tensor& a, const Tensor& delta) const {
-  return use.adjoint(use.view().of_each_sample(flat_), a, delta);
-}
-
-void OneASample::add(const Use& use, const Tensor& a, const Tensor& delta, const Derivatives& dot) {
-  const Tensor own = use.view().of_each_sample(flat_);
+void Whole::add(const Use& use, const Tensor& a, const Tensor& delta, const Derivatives& dot) {
+  const Tensor own = use.view().of(flat_);
   if (dot.delta.defined()) own.add_(use.gradient(a, dot.delta, Reduction::none));
   if (dot.a.defined()) own.add_(use.gradient_along(dot.a, delta, Reduction::none));
 }
 
-bool OneASample::add_sum(const Tensor& scale, Tensor& sum) const {
+bool Whole::add_sum(const Tensor& scale, Tensor& sum) const {
+  if (flat_.dim() == 1) return false;
   sum.add_(scale.matmul(flat_));
   return true;
 }

@@ -19,32 +19,22 @@ class Direction {
   virtual Tensor adjoint(const Use& use, const Tensor& a, const Tensor& delta) const = 0;  // V^T delta, like a
   // V += delta' a^T + delta a'^T of each sample.
   virtual void add(const Use& use, const Tensor& a, const Tensor& delta, const Derivatives& dot) = 0;
-  // sum += scale_i V_i over the samples, where they are held as a whole. scale: (n,), sum: (numel,).
+  // sum += scale_i V_i over the samples, where each has a whole one. scale: (n,), sum: (numel,).
   virtual bool add_sum(const Tensor& /*scale*/, Tensor& /*sum*/) const { return false; }
 };
 using Directions = std::vector<std::unique_ptr<Direction>>;  // of each parameter
 
-class Shared : public Direction {
+// One for all samples: (numel,), or one a sample: (n, numel).
+class Whole : public Direction {
  public:
-  explicit Shared(Tensor flat) : flat_(std::move(flat)) {}
-  Tensor apply(const Use& use, const Tensor& a, const Tensor& delta) const override;
-  Tensor adjoint(const Use& use, const Tensor& a, const Tensor& delta) const override;
-  void add(const Use& use, const Tensor& a, const Tensor& delta, const Derivatives& dot) override;
-
- private:
-  Tensor flat_;  // (numel,)
-};
-
-class OneASample : public Direction {
- public:
-  explicit OneASample(Tensor flat) : flat_(std::move(flat)) {}
+  explicit Whole(Tensor flat) : flat_(std::move(flat)) {}
   Tensor apply(const Use& use, const Tensor& a, const Tensor& delta) const override;
   Tensor adjoint(const Use& use, const Tensor& a, const Tensor& delta) const override;
   void add(const Use& use, const Tensor& a, const Tensor& delta, const Derivatives& dot) override;
   bool add_sum(const Tensor& scale, Tensor& sum) const override;
 
  private:
-  Tensor flat_;  // (n, numel)
+  Tensor flat_;
 };
 
 // Of a parameter with one use: delta delta^T and a a^T over the positions of each sample, else not defined.

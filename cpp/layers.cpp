@@ -53,9 +53,8 @@ Sizes pair(const Sizes& v, int64_t first) { return v.size() == 1 ? Sizes{first, 
 
 }  // namespace
 
-Tensor View::of(const Tensor& flat) const { return flat.as_strided(sizes, strides, flat.storage_offset() + offset); }
-
-Tensor View::of_each_sample(const Tensor& flat) const {
+Tensor View::of(const Tensor& flat) const {
+  if (flat.dim() == 1) return flat.as_strided(sizes, strides, flat.storage_offset() + offset);
   return flat.as_strided(prepended(flat.size(0), sizes), prepended(flat.stride(0), strides),
                          flat.storage_offset() + offset);
 }

@@ -19,8 +19,7 @@ struct View {
   Sizes sizes, strides;
   int64_t offset = 0;
 
-  Tensor of(const Tensor& flat) const;              // (numel,) -> (sizes)
-  Tensor of_each_sample(const Tensor& flat) const;  // (n, numel), contiguous -> (n, sizes)
+  Tensor of(const Tensor& flat) const;  // (numel,) -> (sizes); (n, numel), contiguous -> (n, sizes)
   bool same_place(const View& other) const;
 };
 

@@ -83,8 +83,8 @@ double Moments::ascent() {
   int64_t samples = 0;
   graphs_.pass([&](const auto& graph) {
     const Tensor quotients = graph->ascent();
-    sum = sum.defined() ? sum + quotients.nansum() : quotients.nansum();
-    count = count.defined() ? count + quotients.isfinite().sum() : quotients.isfinite().sum();
+    accumulate(sum, quotients.nansum());
+    accumulate(count, quotients.isfinite().sum());
     samples += graph->samples();
   });
   sum = sum.contiguous().view({1});

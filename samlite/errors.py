@@ -1,5 +1,6 @@
 """Errors, and what a user is told of them."""
 
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires
 
 
@@ -17,6 +18,12 @@ def in_one_line(error: BaseException) -> str:
     else:
         text = f"internal error: {type(error).__name__}: {error}; SAMLITE_DEBUG=1 shows where"
     return " ".join(text.split()) or type(error).__name__
+
+
+def shortened(names: Sequence[str], most: int) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def require(condition: bool, message: str) -> None:

@@ -48,6 +48,14 @@ class Result:
 
 
 @pytest.fixture
+def sweep(tmp_path: Path) -> Any:
+    """A sweep with results made up; empty at first."""
+    from sweeps import Sweep  # which is slow, and few tests need it
+
+    return Sweep(tmp_path)
+
+
+@pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """Run the command line in this process, which is fast; `process` is the real thing."""
     from samlite.cli import main

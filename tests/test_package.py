@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import samlite
-from samlite.native.modules import module_name
+from samlite.native.naming import module_name
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,6 +1,7 @@
 """Finds the torch that the compiled module is built for, without importing it."""
 
 import re
+import runpy
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -41,5 +42,6 @@ if __name__ == "__main__":  # for CMake: its folder, its version, the name of th
     if torch is None:
         sys.exit("samlite must be built beside torch, which is not installed; pip install torch")
     place = Path(str(torch.locate_file("torch")))
-    module = "torch_{}_{}".format(*minor_of(torch.version))
+    naming = runpy.run_path(str(Path(__file__).resolve().parents[1] / "samlite" / "native" / "naming.py"))
+    module = naming["module_name"](torch.version)
     print(place.as_posix(), torch.version, module, _cxx11_abi(place), sep=";", end="")

@@ -20,7 +20,6 @@ import torch
 
 from samlite.report import verdicts
 from samlite.report.claims import CLAIMS
-from samlite.report.outcomes import summarize
 from samlite.sweep.grid import read_cells
 
 TOOLS = Path(__file__).resolve().parent
@@ -104,15 +103,16 @@ def _longest(finished: list[Experiment]) -> float:
 def _section(experiment: Experiment) -> str:
     several = f" --out runs/{experiment.name}" if len(experiment.sweeps) > 1 else ""
     commands = [f"samlite sweep {options}{several}" for options in experiment.sweeps]
-    numbers = {claim: CLAIMS[claim].measure(experiment.folder) for claim in {*experiment.claims, experiment.figure}}
+    judged = experiment.verdict if experiment.verdict in CLAIMS else "params"
+    numbers = {
+        claim: CLAIMS[claim].measure(experiment.folder) for claim in {*experiment.claims, experiment.figure, judged}
+    }
     tables = [table.markdown() for claim in experiment.claims for table in CLAIMS[claim].tables(numbers[claim])]
     picture = DOCS / "results" / f"{experiment.name}.png"
     picture.parent.mkdir(exist_ok=True)
     CLAIMS[experiment.figure].draw(numbers[experiment.figure], picture)
-    if experiment.verdict in CLAIMS:
-        verdict = CLAIMS[experiment.verdict].verdict(numbers[experiment.verdict])
-    else:
-        verdict = getattr(verdicts, experiment.verdict)(summarize(experiment.folder))
+    judge = CLAIMS[judged].verdict if judged == experiment.verdict else getattr(verdicts, experiment.verdict)
+    verdict = judge(numbers[judged])
     note = f" Setting: {experiment.note}." if experiment.note else ""
     return "\n\n".join(
         [

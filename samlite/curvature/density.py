@@ -39,10 +39,8 @@ def density(
         rules = _Rules(operator, matrix, max(2, min(steps, matrix.shape[0], matrix.room())), seed, max_matvecs)
         smooth = _Smooth(rules, width, points)
         converged = until_exact(
-            rules.draw,
+            rules,
             lambda: smooth.look() / tol,
-            rules.exhausted,
-            lambda: rules.matvecs,
             first_look=FIRST_LOOK,
             in_a_row=1,  # luck averages out over the grid
             progress=progress,
@@ -69,7 +67,7 @@ class _Rules:
     def draw(self, more: int) -> int:
         """Take so many more rules, fewer where products run out; return how many there are."""
         for _ in range(more):
-            if self.exhausted():
+            if self.exhausted:
                 break
             signs = torch.randint(0, 2, (self.p,), generator=self.generator, dtype=torch.float32, device="cpu") * 2 - 1
             measure = compiled().spectral_measure(self.operator, signs.to(self.like), self.steps)
@@ -79,7 +77,9 @@ class _Rules:
             self.weights = torch.cat([self.weights, nn.functional.pad(measure.weights, padding)[None]])
         return len(self.nodes)
 
+    @property
     def exhausted(self) -> bool:
+        """Whether another rule would take more products than allowed."""
         return len(self.nodes) >= FIRST_LOOK and self.matvecs + self.steps > self.limit
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -33,10 +34,8 @@ def standard_errors(samples: Tensor, skewed: bool = False) -> Tensor:
 
 
 def until_exact(
-    draw: Callable[[int], int],
+    probes: Any,
     excess: Callable[[], float],
-    exhausted: Callable[[], bool],
-    matvecs: Callable[[], int],
     *,
     first_look: int,
     in_a_row: int = 2,
@@ -45,25 +44,24 @@ def until_exact(
     """Draw probes until their error is what is asked.
 
     Args:
-        draw: draws so many more probes, fewer where products run out; returns how many there are.
+        probes: has `draw(more)`, which takes so many more, fewer where products run out, and returns their number;
+            `exhausted`, whether products have run out; and `matvecs`, their number so far.
         excess: the error over what is allowed.
-        exhausted: whether products have run out.
-        matvecs: the number of products so far.
         first_look: probes before the first error: with fewer, those that happen to agree would stop it early.
         in_a_row: how many times the error must be small enough, as once may be luck.
 
     Returns:
         Whether it got there before products ran out.
     """
-    look, probes, good = first_look, 0, 0
+    look, drawn, good = first_look, 0, 0
     while True:
-        probes = draw(look - probes)
+        drawn = probes.draw(look - drawn)
         now = excess()
         if progress:
-            progress(matvecs(), now)
+            progress(probes.matvecs, now)
         good = good + 1 if now <= 1 else 0
         if good == in_a_row:
             return True
-        if exhausted():
+        if probes.exhausted:
             return False
         look += max(1, look // 4)

@@ -124,7 +124,7 @@ class Analysis:
         generator = torch.Generator(device="cpu").manual_seed(self.seed)
         start = torch.randn(p, generator=generator, dtype=torch.float32, device="cpu").to(like.device, like.dtype)
         start = self.mixed(1, 0) @ start
-        steps = max(1, min(_STEPS, p, self.hessian.memory // (p * like.element_size())))
+        steps = max(1, min(_STEPS, p, self.hessian.room()))
         with self.mixed(-2, lr).products() as operator:
             measure = compiled().spectral_measure(operator, start, steps)
         self.matvecs += measure.matvecs + 1

@@ -97,10 +97,8 @@ def _power_traces(
             return float(over[watched - 1 :].max())
 
         converged = until_exact(
-            probes.draw,
+            probes,
             excess,
-            lambda: probes.exhausted,
-            lambda: probes.matvecs,
             first_look=FIRST_LOOK if deflation > 0 else FIRST_LOOK_PLAIN,
             progress=progress,
         )

@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 
 from samlite.native import build
+from samlite.native.naming import module_name
 
 NAME = "samlite._C"
 
@@ -49,12 +50,6 @@ def all_packaged() -> list[str]:
     if known is not None:
         names.append(known.name.removesuffix(suffix))
     return sorted({name.removeprefix("torch_").replace("_", ".") for name in names}, key=_number)
-
-
-def module_name(version: str) -> str:
-    """torch_2_13 for 2.13.0+cpu. A version before its release has a module of its own."""
-    release = re.fullmatch(r"(\d+)\.(\d+)(\.\d+)*(\.post\d+)?(\+.*)?", version)
-    return f"torch_{release[1]}_{release[2]}" if release else "torch_" + re.sub(r"\W", "_", version)
 
 
 def _number(minor: str) -> list[int]:

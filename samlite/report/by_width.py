@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samlite.errors import UsageError
+from samlite.errors import UsageError, shortened
 from samlite.report.canvas import REFERENCE, colors, draw_curve, label_parameters, label_values, new_figure
 from samlite.report.groups import described, method
 from samlite.report.outcomes import Outcome, Report
@@ -135,8 +135,7 @@ def _notes(report: Report) -> list[str]:
         (report.without_moments, "without converged moments", any(outcome.nonuniformity for outcome in outcomes)),
     ):
         if names and relevant:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            notes.append(f"{len(names)} runs {state}: {', '.join(names[:4])}{more}.")
+            notes.append(f"{len(names)} runs {state}: {shortened(names, 4)}.")
     return notes
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from samlite.intervals import Interval
 from samlite.report.canvas import colors, panels_by_place
-from samlite.report.groups import Group, groups, place, place_columns
+from samlite.report.groups import Group, group_table, groups
 from samlite.report.table import Table, interval
 from samlite.training.runs import read_records, read_result
 
@@ -82,12 +82,12 @@ def _curve(folder: Path, seed: int) -> Curve:
 def tables(results: Sequence[Convergence]) -> list[Table]:
     """The rate of every group, and how straight its curves are."""
     return [
-        Table(
+        group_table(
             "linear convergence: ln(training loss) against the step",
-            [*place_columns(results), ">n", ">rate (1e-3 a step)", ">R²"],
-            [[*place(each), str(len(each.curves)), interval(each.rate, 1e3), interval(each.r2)] for each in results],
-            keys=len(place_columns(results)) - 1,
-            notes=["Rate: fall of ln(loss) a step, by least squares over all epochs; ±: 95 % Student-t over seeds."],
+            results,
+            (">n", ">rate (1e-3 a step)", ">R²"),
+            lambda each: [str(len(each.curves)), interval(each.rate, 1e3), interval(each.r2)],
+            "Rate: fall of ln(loss) a step, by least squares over all epochs; ±: 95 % Student-t over seeds.",
         )
     ]
 

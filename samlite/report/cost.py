@@ -16,7 +16,7 @@ from typing import Any
 from samlite import tasks
 from samlite.intervals import Interval, paired
 from samlite.report.canvas import REFERENCE, colors, panels_by_place
-from samlite.report.groups import Group, groups, place, place_columns
+from samlite.report.groups import Group, group_table, groups
 from samlite.report.table import Table, interval
 from samlite.tasks.metrics import percent, spelled
 from samlite.training.runs import read_records, read_result
@@ -87,22 +87,18 @@ def tables(results: Sequence[Cost]) -> list[Table]:
     """Every optimizer after the same number of gradient evaluations, and after all its epochs."""
     scale = percent(results[0].metric)
     return [
-        Table(
+        group_table(
             f"validation {spelled(results[0].metric)} at equal cost",
-            [*place_columns(results), ">budget", ">epochs", ">at budget", ">in all", ">at the end"],
-            [
-                [
-                    *place(each),
-                    f"{each.budget:,}",
-                    f"{each.epochs:.3g}",
-                    interval(each.at_budget, scale),
-                    f"{each.gradients:,}",
-                    interval(each.at_end, scale),
-                ]
-                for each in results
+            results,
+            (">budget", ">epochs", ">at budget", ">in all", ">at the end"),
+            lambda each: [
+                f"{each.budget:,}",
+                f"{each.epochs:.3g}",
+                interval(each.at_budget, scale),
+                f"{each.gradients:,}",
+                interval(each.at_end, scale),
             ],
-            keys=len(place_columns(results)) - 1,
-            notes=["Budget and in all: gradient evaluations of a batch. ±: 95 % Student-t over seeds."],
+            "Budget and in all: gradient evaluations of a batch. ±: 95 % Student-t over seeds.",
         )
     ]
 

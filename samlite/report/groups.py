@@ -1,15 +1,18 @@
 """The runs of a sweep that differ by their seed alone."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from samlite.errors import UsageError
+from samlite.report.table import Table
 from samlite.sweep.grid import read_cells
 from samlite.sweep.run import finished
 from samlite.training.config import Config
 from samlite.training.options import CONDITIONS, FAMILY
+
+Result = TypeVar("Result")  # of a group
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,19 @@ def place(result: Any) -> list[str]:
     """The first cells of a result's row in a table: which group it is about."""
     group = result.group
     return [*(f"{value:g}" for _, value in group.condition), str(group.width), f"{result.parameters:,}", group.method]
+
+
+def group_table(
+    title: str,
+    results: Sequence[Result],
+    columns: Sequence[str],
+    cells: Callable[[Result], Sequence[str]],
+    note: str,
+) -> Table:
+    """A row a group: its place, then what `cells` says of its result under these columns."""
+    places = place_columns(results)
+    rows = [[*place(each), *cells(each)] for each in results]
+    return Table(title, [*places, *columns], rows, keys=len(places) - 1, notes=[note])
 
 
 def varying(cells: Iterable[Config]) -> list[str]:

@@ -19,7 +19,7 @@ from samlite import tasks
 from samlite.errors import UsageError
 from samlite.intervals import Interval
 from samlite.report.canvas import colors, draw_curve, label_parameters, new_figure
-from samlite.report.groups import Group, groups, place, place_columns
+from samlite.report.groups import Group, group_table, groups
 from samlite.report.table import Table, interval, number
 from samlite.tasks import Splits
 from samlite.training import network
@@ -121,29 +121,20 @@ def _spread(values: Iterable[float]) -> float | None:
 def tables(results: Sequence[Solutions]) -> list[Table]:
     """How the interpolating solutions spread, how far they travelled, how far apart they are."""
     return [
-        Table(
+        group_table(
             "interpolating solutions by width",
-            [
-                *place_columns(results),
-                *(">interpolate", ">test metric", ">spread", ">spread of ln a", ">‖w − w₀‖", ">to base"),
+            results,
+            (">interpolate", ">test metric", ">spread", ">spread of ln a", ">‖w − w₀‖", ">to base"),
+            lambda each: [
+                f"{each.interpolating} of {each.runs}",
+                interval(each.metric),
+                number(each.metric_spread),
+                number(each.sharpness_spread),
+                interval(each.travelled),
+                interval(each.apart),
             ],
-            [
-                [
-                    *place(each),
-                    f"{each.interpolating} of {each.runs}",
-                    interval(each.metric),
-                    number(each.metric_spread),
-                    number(each.sharpness_spread),
-                    interval(each.travelled),
-                    interval(each.apart),
-                ]
-                for each in results
-            ],
-            keys=len(place_columns(results)) - 1,
-            notes=[
-                "Spread: standard deviation over seeds. ‖w − w₀‖: from the first weights. To base: from SAM's solution "
-                "to that of its base optimizer, from the same first weights. ±: 95 % Student-t over seeds."
-            ],
+            "Spread: standard deviation over seeds. ‖w − w₀‖: from the first weights. To base: from SAM's solution to "
+            "that of its base optimizer, from the same first weights. ±: 95 % Student-t over seeds.",
         )
     ]
 

@@ -40,22 +40,30 @@ def test_errors_scale_with_the_samples_to_the_last_digit(size: float) -> None:
     assert standard_errors(torch.ones(4, 2)).eq(0).all() and standard_errors(torch.zeros(4, 2), skewed=True).eq(0).all()
 
 
+class Probes:
+    """A probe a product."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.matvecs = limit, 0
+
+    @property
+    def exhausted(self) -> bool:
+        return self.matvecs >= self.limit
+
+    def draw(self, more: int) -> int:
+        self.matvecs = min(self.matvecs + more, self.limit)
+        return self.matvecs
+
+
 def run(excesses: list[float], in_a_row: int, limit: int = 1000) -> tuple[bool, list[int]]:
     """(Whether it converged, the number of probes at every look) for the errors at those looks."""
-    looks: list[int] = []
-    probes = 0
-
-    def draw(more: int) -> int:
-        nonlocal probes
-        probes = min(probes + more, limit)
-        return probes
+    probes, looks = Probes(limit), []
 
     def excess() -> float:
-        looks.append(probes)
+        looks.append(probes.matvecs)
         return excesses[len(looks) - 1]
 
-    converged = until_exact(draw, excess, lambda: probes >= limit, lambda: probes, first_look=12, in_a_row=in_a_row)
-    return converged, looks
+    return until_exact(probes, excess, first_look=12, in_a_row=in_a_row), looks
 
 
 def test_probes_are_drawn_until_the_error_is_small_twice_in_a_row() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from samlite.native.modules import all_packaged, module_name, packaged
+from samlite.native.modules import all_packaged, packaged
+from samlite.native.naming import module_name
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,6 @@ SAM = [0.93, 0.92, 0.94]
 
 
 @pytest.fixture
-def sweep(tmp_path: Path) -> Sweep:
-    return Sweep(tmp_path)
-
-
-@pytest.fixture
 def measured(sweep: Sweep) -> Sweep:
     """Five seeds at two widths; at the second s_4 of one minimum is 0."""
     generator = np.random.default_rng(2)
@@ -68,12 +63,18 @@ def test_columns_and_tables_are_only_there_for_what_was_measured(cli: Cli, sweep
     assert "λ_max" in shown and "over its base's" in shown and "s_2" not in shown and "s_k" not in shown
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures, in place of their files."""
+    figures: list[Any] = []
+    monkeypatch.setattr(canvas, "_save", lambda figure, path: figures.append(figure))
+    return figures
+
+
 def test_the_figure_shows_the_best_rho_where_several_were_tried_and_a_curve_a_condition(
-    tmp_path: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sweep: Sweep, drawn: list[Any]
 ) -> None:
     pytest.importorskip("matplotlib")
-    drawn: list[Any] = []
-    monkeypatch.setattr(canvas, "_save", lambda figure, path: drawn.append(figure))
     for noise in (0.0, 0.5):
         sweep.add(0.9, optimizer="sgd", label_noise=noise)
         for rho in (0.05, 0.1):
@@ -111,11 +112,9 @@ def test_a_figure_of_nothing_or_of_no_known_format_is_refused(tmp_path: Path, fo
 
 
 def test_the_figure_has_a_panel_for_each_quantity_with_geometric_means(
-    tmp_path: Path, measured: Sweep, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, measured: Sweep, drawn: list[Any]
 ) -> None:
     pytest.importorskip("matplotlib")
-    drawn: list[Any] = []
-    monkeypatch.setattr(canvas, "_save", lambda figure, path: drawn.append(figure))
     found = summarize(measured.folder)
     draw(found, tmp_path / "figure.png")
     improvement, *panels = drawn[0].axes

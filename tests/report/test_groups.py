@@ -1,14 +1,7 @@
-from pathlib import Path
-
 import pytest
 from sweeps import Sweep
 
 from samlite.report.groups import Group, described, groups, method, place, place_columns
-
-
-@pytest.fixture
-def sweep(tmp_path: Path) -> Sweep:
-    return Sweep(tmp_path)
 
 
 def test_runs_that_differ_by_their_seed_alone_form_a_group(sweep: Sweep) -> None:

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,6 @@ from samlite.report.outcomes import summarize
 
 SGD = [0.90, 0.92, 0.91]
 SAM = [0.93, 0.92, 0.94]
-
-
-@pytest.fixture
-def sweep(tmp_path: Path) -> Sweep:
-    return Sweep(tmp_path)
 
 
 def test_the_improvement_is_paired_by_seed(sweep: Sweep) -> None:

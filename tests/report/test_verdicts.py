@@ -1,5 +1,4 @@
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +7,6 @@ from sweeps import Sweep
 
 from samlite.report.outcomes import summarize
 from samlite.report.verdicts import benefit, best_radius, no_benefit, radii, variants
-
-
-@pytest.fixture
-def sweep(tmp_path: Path) -> Sweep:
-    return Sweep(tmp_path)
 
 
 def add(sweep: Sweep, width: int, gains: Sequence[float], optimizer: str = "sam", base: float = 0.5) -> None:

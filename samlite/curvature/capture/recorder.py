@@ -9,7 +9,6 @@ measured parameter raises `UncoveredError` with its name: never a silently wrong
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from samlite.batches import tensors
 from samlite.curvature.capture.plan import Plan, Probe, Seen, UncoveredError
+from samlite.curvature.compiled import compiled
 
 RULES: dict[Any, Callable[..., Any]] = {}
 """By a function of torch: computes it with the measured weights as constants and records them, or NotImplemented."""
@@ -56,7 +56,7 @@ class Capture(TorchFunctionMode):
             self._where.setdefault(_storage(param), []).append((*_extent(param), i))
         self.lookups: list[bool] = []  # of each embedding: whether its rows are the same for all samples
         self.shared: dict[int, tuple[Tensor, Tensor, Any]] = {}  # such (output, rows, use), by the output's id
-        self._c = import_module("samlite._C")
+        self._c = compiled()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
