@@ -193,6 +193,12 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Conv, Use, std::shared_ptr<Conv>>(m, "Conv").def(py::init<View, Sizes, Sizes, Sizes, int64_t>(),
                                                               py::arg("view"), py::arg("stride"), py::arg("padding"),
                                                               py::arg("dilation"), py::arg("groups"));
+  py::class_<ConvTranspose, Use, std::shared_ptr<ConvTranspose>>(m, "ConvTranspose")
+      .def(py::init<View, Sizes, Sizes, Sizes, Sizes, int64_t>(), py::arg("view"), py::arg("stride"),
+           py::arg("padding"), py::arg("output_padding"), py::arg("dilation"), py::arg("groups"));
+  py::class_<Contraction, Use, std::shared_ptr<Contraction>>(m, "Contraction")
+      .def(py::init<View, std::string, std::string, std::string>(), py::arg("view"), py::arg("a"), py::arg("theta"),
+           py::arg("z"));
   py::class_<Scale, Use, std::shared_ptr<Scale>>(m, "Scale")
       .def(py::init<View, std::optional<Tensor>, std::optional<Tensor>>(), py::arg("view"),
            py::arg("mean") = py::none(), py::arg("inverse") = py::none());

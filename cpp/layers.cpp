@@ -46,6 +46,14 @@ Tensor as_groups(const Tensor& t) {
   return t.reshape(shape);
 }
 
+// (n, ..., features) -> (n, positions, features), with so many dimensions of features.
+Tensor with_positions(const Tensor& t, size_t features) {
+  Sizes shape{t.size(0), -1};
+  const auto last = t.sizes().slice(t.dim() - features);
+  shape.insert(shape.end(), last.begin(), last.end());
+  return t.reshape(shape);
+}
+
 // (n, c, l) or (n, c, h, w) as two spatial dimensions.
 Tensor plane(const Tensor& t) { return t.dim() == 3 ? t.unsqueeze(2) : t; }
 
@@ -146,6 +154,65 @@ Tensor Conv::to_input(const Tensor& rows, const Tensor& like) const {
   return at::col2im(rows.mT().contiguous(), image.sizes().slice(2), kernel(), pair(dilation_, 1), pair(padding_, 0),
                     pair(stride_, 1))
       .view(like.sizes());
+}
+
+ConvTranspose::ConvTranspose(View view, Sizes stride, Sizes padding, Sizes output_padding, Sizes dilation,
+                             int64_t groups)
+    : Use(std::move(view)),
+      stride_(std::move(stride)),
+      padding_(std::move(padding)),
+      output_padding_(std::move(output_padding)),
+      dilation_(std::move(dilation)),
+      groups_(groups) {}
+
+Tensor ConvTranspose::apply(const Tensor& theta, const Tensor& a, const Tensor& like) const {
+  const auto convolve = [&](const Tensor& x, const Tensor& w, int64_t groups) {
+    return at::convolution(x, w, {}, stride_, padding_, dilation_, /*transposed=*/true, output_padding_, groups);
+  };
+  if (!one_a_sample(theta)) return convolve(a, theta, groups_);
+  return convolve(as_groups(a), theta.flatten(0, 1), groups_ * a.size(0)).view(like.sizes());
+}
+
+std::tuple<Tensor, Tensor> ConvTranspose::backward(const Tensor& theta, const Tensor& a, const Tensor& delta,
+                                                   int64_t groups, bool by_a) const {
+  const auto [at_a, at_theta, at_bias] =
+      at::convolution_backward(delta, a, theta, at::OptionalIntArrayRef(), stride_, padding_, dilation_,
+                               /*transposed=*/true, output_padding_, groups, {by_a, !by_a, false});
+  return {at_a, at_theta};
+}
+
+Tensor ConvTranspose::adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta) const {
+  if (!one_a_sample(theta)) return std::get<0>(backward(theta, a, delta, groups_, true));
+  const Tensor own = theta.flatten(0, 1);
+  return std::get<0>(backward(own, as_groups(a), as_groups(delta), groups_ * a.size(0), true)).view(a.sizes());
+}
+
+Tensor ConvTranspose::gradient(const Tensor& a, const Tensor& delta, Reduction reduction) const {
+  if (reduction == Reduction::sum) return std::get<1>(backward(delta.new_empty(sizes()), a, delta, groups_, false));
+  const int64_t n = delta.size(0);
+  auto grouped = sizes();
+  grouped[0] *= n;
+  const Tensor own = delta.new_empty(grouped);
+  return std::get<1>(backward(own, as_groups(a), as_groups(delta), groups_ * n, false)).view(prepended(n, sizes()));
+}
+
+Contraction::Contraction(View view, std::string a, std::string theta, std::string z)
+    : Use(std::move(view)), a_(std::move(a)), theta_(std::move(theta)), z_(std::move(z)) {}
+
+Tensor Contraction::apply(const Tensor& theta, const Tensor& a, const Tensor& like) const {
+  const auto own = one_a_sample(theta) ? "Z" + theta_ : theta_;
+  return at::einsum("ZY" + a_ + "," + own + "->ZY" + z_, {with_positions(a, a_.size()), theta}).reshape(like.sizes());
+}
+
+Tensor Contraction::adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta) const {
+  const auto own = one_a_sample(theta) ? "Z" + theta_ : theta_;
+  return at::einsum("ZY" + z_ + "," + own + "->ZY" + a_, {with_positions(delta, z_.size()), theta}).reshape(a.sizes());
+}
+
+Tensor Contraction::gradient(const Tensor& a, const Tensor& delta, Reduction reduction) const {
+  const auto own = reduction == Reduction::none ? "Z" + theta_ : theta_;
+  return at::einsum("ZY" + a_ + ",ZY" + z_ + "->" + own,
+                    {with_positions(a, a_.size()), with_positions(delta, z_.size())});
 }
 
 Scale::Scale(View view, std::optional<Tensor> mean, std::optional<Tensor> inverse)

@@ -6,6 +6,8 @@
 #include <ATen/ATen.h>
 
 #include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
 namespace samlite {
@@ -102,6 +104,33 @@ class Conv : public Matrix {  // theta: (out, in / groups, *kernel), in 1 to 3 d
   Sizes kernel() const;
   Sizes stride_, padding_, dilation_, no_padding_;
   int64_t groups_;
+};
+
+class ConvTranspose : public Use {  // theta: (in, out / groups, *kernel)
+ public:
+  ConvTranspose(View view, Sizes stride, Sizes padding, Sizes output_padding, Sizes dilation, int64_t groups);
+  Tensor apply(const Tensor& theta, const Tensor& a, const Tensor& like) const override;
+  Tensor adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta) const override;
+  Tensor gradient(const Tensor& a, const Tensor& delta, Reduction reduction) const override;
+
+ private:
+  // Of samples as groups, where each has its own theta; gradients by a and by theta, where asked for.
+  std::tuple<Tensor, Tensor> backward(const Tensor& theta, const Tensor& a, const Tensor& delta, int64_t groups,
+                                      bool by_a) const;
+  Sizes stride_, padding_, output_padding_, dilation_;
+  int64_t groups_;
+};
+
+// z = einsum over the labels that a and theta have in common; a and z have the sample, and perhaps positions, first.
+class Contraction : public Use {
+ public:
+  Contraction(View view, std::string a, std::string theta, std::string z);
+  Tensor apply(const Tensor& theta, const Tensor& a, const Tensor& like) const override;
+  Tensor adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta) const override;
+  Tensor gradient(const Tensor& a, const Tensor& delta, Reduction reduction) const override;
+
+ private:
+  std::string a_, theta_, z_;  // the labels, without those of samples and positions
 };
 
 class Scale : public Use {  // z = theta * (a - mean) * inverse, theta broadcast; mean and inverse are fixed statistics

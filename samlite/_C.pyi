@@ -88,6 +88,20 @@ class Linear(Use):
 class Conv(Use):
     def __init__(self, view: View, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> None: ...
 
+class ConvTranspose(Use):
+    def __init__(
+        self,
+        view: View,
+        stride: list[int],
+        padding: list[int],
+        output_padding: list[int],
+        dilation: list[int],
+        groups: int,
+    ) -> None: ...
+
+class Contraction(Use):
+    def __init__(self, view: View, a: str, theta: str, z: str) -> None: ...
+
 class Scale(Use):
     def __init__(self, view: View, mean: Tensor | None = None, inverse: Tensor | None = None) -> None: ...
 

@@ -46,7 +46,7 @@ def tensors(batch: Any) -> list[Tensor]:
     return [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
 
 
-def rows(batch: Any, index: slice) -> Any:
+def rows(batch: Any, index: slice | list[int]) -> Any:
     """Some samples of a batch."""
 
     def cut(part: Any) -> Any:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 
 def network() -> nn.Module:
@@ -74,6 +75,66 @@ class Tied(nn.Module):
         return F.linear(torch.tanh(self.inner(h)), self.words.weight).mean(1)
 
 
+class FirstOutput(nn.Module):
+    """The output of a module that returns a tuple, at the last time."""
+
+    def __init__(self, inner: nn.Module, features: int) -> None:
+        super().__init__()
+        self.inner, self.head = inner, nn.Linear(features, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x)[0][:, -1])
+
+
+class Attention(nn.Module):
+    """Keys and values of other sizes than queries, with a learned one of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=2, add_bias_kv=True, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x[..., :4], x[..., :3], x[..., :2], need_weights=False)[0].mean(1))
+
+
+class Contractions(nn.Module):
+    """einsum, products of batches of matrices, and bilinear layers with weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.out = nn.Parameter(torch.randn(4, 2, 3) / 2), nn.Parameter(torch.randn(2, 3, 3) / 2)
+        self.experts, self.both = nn.Parameter(torch.randn(2, 3, 3) / 2), nn.Bilinear(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = torch.tanh(torch.einsum("ni,ihd->nhd", x, self.heads))
+        z = torch.einsum("nhd,hdc->nc", heads, self.out)
+        chosen = torch.bmm(z.expand(2, -1, -1), self.experts).mean(0)
+        return self.both(z, torch.tanh(chosen) + (z @ self.experts).sum(0))
+
+
+class OfParameters(nn.Module):
+    """Weights that are computed from parameters: by indices, slices, exp, and in functional calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.decay = nn.Parameter(torch.randn(7, 2)), nn.Parameter(torch.randn(4))
+        self.inner, self.scale = nn.Linear(4, 3), nn.Parameter(torch.randn(()))
+        self.tables = nn.Embedding(3, 2)
+        self.register_buffer("places", torch.arange(4).view(-1, 1) - torch.arange(4) + 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.table[self.places].permute(2, 0, 1) + self.tables(torch.arange(2)).mean()
+        scores = x.unsqueeze(1).transpose(2, 3) @ x.unsqueeze(1) + bias  # (samples, heads, 4, 4)
+        h = scores.softmax(-1).mean((1, 2)) * torch.exp(-self.decay.exp())
+        weights = {"weight": self.inner.weight * self.scale, "bias": self.inner.bias[:3].flip(0)}
+        return torch.func.functional_call(self.inner, weights, (h,))
+
+
+def parametrized(parametrize: Callable[..., nn.Module]) -> nn.Module:
+    return nn.Sequential(parametrize(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3))
+
+
 def images(*shape: int) -> Tensor:
     return torch.randn(6, *shape)
 
@@ -106,6 +167,29 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
         images(4),
     ),
     "RMS norm": lambda: (nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4), nn.Tanh(), nn.Linear(4, 3)), images(4)),
+    "GRU": lambda: (FirstOutput(nn.GRU(3, 2, 2, batch_first=True, bidirectional=True), 4), images(4, 3)),
+    "RNN": lambda: (FirstOutput(nn.RNN(3, 2, bias=False, batch_first=True), 2), images(4, 3)),
+    "RNN with ReLU": lambda: (FirstOutput(nn.RNN(3, 2, nonlinearity="relu", batch_first=True), 2), images(4, 3)),
+    "transposed convolutions and instance norm": lambda: (
+        flat(
+            nn.ConvTranspose2d(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2),
+            nn.InstanceNorm2d(4, affine=True),
+            nn.Softplus(),
+            nn.ConvTranspose2d(4, 2, 2, dilation=2),
+            features=72,
+        ),
+        images(2, 2, 2),
+    ),
+    "attention with kdim and bias_kv": lambda: (Attention(), images(3, 4)),
+    "contractions": lambda: (Contractions(), images(4)),
+    "functions of parameters": lambda: (OfParameters(), images(4, 4)),
+    "weight norm": lambda: (parametrized(weight_norm), images(4)),
+    "weight norm of a convolution": lambda: (
+        flat(weight_norm(nn.Conv2d(2, 3, 2)), nn.Tanh(), features=12),
+        images(2, 3, 3),
+    ),
+    "spectral norm": lambda: (parametrized(spectral_norm), images(4)),
+    "orthogonal": lambda: (parametrized(orthogonal), images(4)),
     "no bias": lambda: (nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False)), images(4)),
 }
 

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from samlite.batches import described, is_pair, mapped, placed, rows, samples, tensors
 from samlite.curvature.capture.plan import UncoveredError
+from samlite.curvature.capture.recorder import Capture
 from samlite.curvature.compiled import compiled
 from samlite.curvature.criterion import Loss, as_function
 from samlite.curvature.memory import operations_behind
@@ -82,15 +83,15 @@ class Losses(Stream):
         values = torch.stack([n.double().to(norms[0].device) for n in norms]).tolist() if norms else []
         return [*((t._version, t.data_ptr()) for t in tracked), *((v,) for v in values)]
 
-    def total(self, batch: Any, capture: AbstractContextManager[Any] | None = None) -> tuple[Tensor, float]:
-        """(Sum of the batch's losses, its number or weight of samples); with `capture` the weights are constants.
+    def total(self, batch: Any, capture: Capture | None = None) -> tuple[Tensor, float]:
+        """(Sum of the batch's losses, its number or weight of samples), as a `capture` sees it.
 
         Raises:
             UsageError: the loss cannot be computed on the batch, or the first one is not what it was.
         """
         before = compiled().sequence_number()
         with torch.enable_grad():
-            value, weight = self._evaluate(batch, [] if capture else self.parameters, capture=capture)
+            value, weight = self._evaluate(batch, [] if capture and capture.fixed else self.parameters, capture=capture)
             index = max(self.index, 0)
             if index == len(self.weights):  # reading it waits for the device: in the first pass only
                 self.weights.append(_checked_weight(weight, index))
@@ -131,6 +132,8 @@ class Losses(Stream):
         except (UsageError, UncoveredError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of the model, the loss or the data, whatever they are
+            if capture:
+                raise UncoveredError(f"this model, whose weights cannot be constants ({reason(error)})") from error
             raise UsageError(f"the loss must be computable on {where}, got {reason(error)}") from error
         value, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():

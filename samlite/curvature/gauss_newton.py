@@ -8,7 +8,7 @@ squared error. The outputs are what ``model(...)`` returns when `loss_fn` calls 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from samlite.batches import is_pair, mapped, tensors
+from samlite.curvature.capture.recorder import Capture
 from samlite.curvature.function import Losses
 from samlite.curvature.memory import graph_bytes
 from samlite.errors import UsageError
@@ -41,6 +42,10 @@ class Cut:
             handle.remove()
 
     def _call(self, output: Any) -> Any:
+        with torch._C.DisableTorchFunction():  # what happens here is not a part of the model
+            return self._cut(output)
+
+    def _cut(self, output: Any) -> Any:
         self.called, earlier = True, list(self.leaves)
         result = mapped(self._leaf, output)
         new = self.outputs[len(earlier) :]
@@ -74,9 +79,7 @@ class Curves:
         self._c, self.losses, self.kind = module, losses, kind
         self._sizes: dict[Any, int] = {}  # bytes of graphs, by the shapes of their batches
 
-    def total(
-        self, batch: Any, capture: AbstractContextManager[Any] | None = None
-    ) -> tuple[Tensor, float, list[Tensor], list[Tensor]]:
+    def total(self, batch: Any, capture: Capture | None = None) -> tuple[Tensor, float, list[Tensor], list[Tensor]]:
         """(Sum of losses, weight, outputs, their leaves); no outputs for the Hessian."""
         if self.kind == "hessian":
             return *self.losses.total(batch, capture), [], []

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from samlite.batches import Form, form, leaves, mapped, rows, samples, tensors
-from samlite.curvature.capture.plan import Plan, Seen, UncoveredError, find_plan
+from samlite.batches import Form, form, leaves, mapped, rows, samples
+from samlite.curvature.capture.plan import Plan, Scaled, Seen, UncoveredError, find_plan, find_scaled
 from samlite.curvature.capture.recorder import Capture
 from samlite.curvature.function import Losses
 from samlite.curvature.gauss_newton import Curves, Kind
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Unit = Literal["sample", "batch"]
 
-_PROBE_ROWS = (3, 5, 7, 2)  # samples that are looked at to find where samples are
+_MORE, _FEWER = 3, 2  # samples that are looked at to find where samples are
 _AGREEMENT = {torch.float32: 5e-2, torch.float64: 1e-9}  # of a chain and plain autograd on them, relative
 
 
@@ -57,17 +57,9 @@ class Samples:
         self._curves = Curves(module, losses, kind)
         self.fallback: str | None = None
         self._plans: dict[Form, Plan] = {}
+        self._lift = False  # every parameter, rules or not
         if unit == "sample":
-            try:
-                self._plans = self._checked_plans()
-            except UncoveredError as reason:
-                for _, few in self._forms():
-                    self._check_apart(few)
-                self.fallback = str(reason)
-                warnings.warn(
-                    f"no per-sample rule for {reason}: every sample is measured by itself, exactly but slowly",
-                    stacklevel=4,
-                )
+            self._plan()
         self._exponent = 0
         self.operator = self._moments(memory, sum)
         if self._plans and losses.divisible:
@@ -77,6 +69,23 @@ class Samples:
         while (exponent := self.operator.suitable_exponent()) != self._exponent:
             self._exponent = exponent
             self.operator = self._moments(memory, sum)
+
+    def _plan(self) -> None:
+        """Choose how samples are taken apart, and warn where that is slow."""
+        try:
+            self._plans = self._checked_plans()
+            return
+        except UncoveredError as reason:
+            self.fallback = str(reason)
+        way = "every sample has its own copy of the weights"
+        try:
+            self._lift = True
+            self._plans = self._checked_plans()
+        except UncoveredError:
+            for _, few in self._forms():
+                self._check_apart(few)
+            way = "every sample is measured by itself"
+        warnings.warn(f"no per-sample rule for {self.fallback}: {way}, exactly but slowly", stacklevel=6)
 
     def _moments(self, memory: int, sum: Callable[[Tensor], None] | None) -> Any:
         """The compiled moments, of losses over 2^exponent."""
@@ -100,7 +109,7 @@ class Samples:
     def _powers(self, batch: Any) -> tuple[Any, Tensor, float]:
         if not self._plans:
             return _whole(self._c, self._curves, batch, self._unit == "batch", self._exponent)
-        return _chain(self._c, self._curves, batch, self._plans[form(batch)], self._exponent)
+        return _chain(self._c, self._curves, batch, self._plans[form(batch)], self._exponent, self._lift)
 
     def _step_bytes(self, batch: Any) -> int:
         """Memory of a batch's graph and of a step through it."""
@@ -117,14 +126,25 @@ class Samples:
         """
         plans: dict[Form, Plan] = {}
         for kind, few in self._forms():
-            base = self._seen(few)
+            known = next((plan for plan in plans.values() if self._suits(plan, few)), None)
+            plan = known or self._found(few)
             self._check_apart(few)
-            plan = next((plan for plan in plans.values() if plan.suits(base)), None)
-            if plan is None:
-                plan = find_plan(base, [self._seen(_changed(few, j)) for j in range(base.samples)])
+            if known is None:
                 self._check(few, plan)
             plans[kind] = plan
         return plans
+
+    def _suits(self, plan: Plan, few: Any) -> bool:
+        try:
+            return plan.suits(self._seen(few, plan.scaled))
+        except UncoveredError:
+            return False
+
+    def _found(self, few: Any) -> Plan:
+        fewer = rows(few, slice(0, _FEWER))
+        scaled = find_scaled(self._seen(few), self._seen(fewer))
+        changed = [self._seen(_changed(few, j), scaled) for j in range(samples(few))]
+        return find_plan(scaled, self._seen(few, scaled), self._seen(fewer, scaled), changed)
 
     def _forms(self) -> Iterator[tuple[Form, Any]]:
         """Every form of batch in the data, with a few samples of it."""
@@ -145,8 +165,8 @@ class Samples:
                 "number, or pass data in batches and use unit='batch'"
             )
 
-    def _seen(self, batch: Any) -> Seen:
-        capture = Capture(self._losses.parameters, samples(batch))
+    def _seen(self, batch: Any, scaled: list[Scaled] | None = None) -> Seen:
+        capture = Capture(self._losses.parameters, samples(batch), scaled, lift=self._lift)
         self._losses.forget()
         with torch.no_grad():
             self._losses.total(batch, capture)
@@ -155,9 +175,10 @@ class Samples:
     def _check(self, batch: Any, plan: Plan) -> None:
         """Raise UncoveredError unless the chains of some samples are what plain autograd gives for each of them."""
         try:  # in float64, as little but rounding is left of samples that are fitted well
-            agree = _agree(self._c, Curves(self._c, self._losses.doubled(), self._curves.kind), batch, plan)
+            doubled = Curves(self._c, self._losses.doubled(), self._curves.kind)
+            agree = _agree(self._c, doubled, batch, plan, self._lift)
         except (RuntimeError, TypeError):  # a model that cannot be copied, a loss that holds float32 tensors, mps
-            agree = _agree(self._c, self._curves, batch, plan)
+            agree = _agree(self._c, self._curves, batch, plan, self._lift)
         if not agree:
             raise UncoveredError("this model: its chains disagree with plain autograd")
 
@@ -167,16 +188,18 @@ def _whole(c: ModuleType, curves: Curves, batch: Any, mean: bool, exponent: int 
     return c.batch_hessian(curvature, weight, mean, curves.losses.parameters, exponent), total, weight
 
 
-def _chain(c: ModuleType, curves: Curves, batch: Any, plan: Plan, exponent: int = 0) -> tuple[Any, Tensor, float]:
+def _chain(
+    c: ModuleType, curves: Curves, batch: Any, plan: Plan, exponent: int = 0, lift: bool = False
+) -> tuple[Any, Tensor, float]:
     count, params = samples(batch), curves.losses.parameters
-    capture = Capture(params, count, plan, taps=curves.kind == "hessian")
+    capture = Capture(params, count, plan=plan, taps=curves.kind == "hessian", lift=lift)
     total, weight, outputs, leaves = curves.total(batch, capture)
     with torch.enable_grad():
         scaled = total * 2.0**-exponent if exponent else total
     return c.chain(scaled, capture.sites, count, params, outputs, leaves), total.detach(), weight
 
 
-def _agree(c: ModuleType, curves: Curves, batch: Any, plan: Plan) -> bool:
+def _agree(c: ModuleType, curves: Curves, batch: Any, plan: Plan, lift: bool) -> bool:
     like = curves.losses.parameters[0]
     generator = torch.Generator(device="cpu").manual_seed(0)
     v = torch.randn(
@@ -196,21 +219,18 @@ def _agree(c: ModuleType, curves: Curves, batch: Any, plan: Plan) -> bool:
         return True  # which the first product says
     exponent = math.frexp(size)[1]
     curves.losses.forget()
-    chain, right = _chain(c, curves, batch, plan, exponent)[0](v, 2), plain(2, exponent)
+    chain, right = _chain(c, curves, batch, plan, exponent, lift)[0](v, 2), plain(2, exponent)
     allowed = _AGREEMENT[like.dtype] * right.norm(dim=2).sum(0)
     return bool(((chain - right.sum(0)).norm(dim=1) <= allowed).all())
 
 
 def _few(batch: Any) -> Any:
-    """A few samples of a batch, so many that no other dimension could be taken for them."""
+    """A few samples of a batch, one again and again where it has fewer."""
     rule = "moments need batches with one row a sample in every tensor; give one sample a batch and use unit='batch'"
     if _holds_packed(batch):
         raise UsageError(f"{rule} (got a PackedSequence)")
     try:
-        count = samples(batch)
-        dims = {size for t in tensors(batch) for size in t.shape[1:]}
-        few = next((r for r in _PROBE_ROWS if r <= count and all(size % r for size in dims if size > 1)), min(count, 3))
-        return rows(batch, slice(0, few))
+        return rows(batch, [i % samples(batch) for i in range(_MORE)])
     except UsageError as error:
         raise UsageError(f"{rule} ({error})") from error
 

@@ -8,6 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class AllDouble(TorchFunctionMode):
+    """Ignores casts to float32, as norms and rotary embeddings make them, where all else is in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.float:
+            func = Tensor.double
+        if any(value is torch.float32 for value in (*args, *kwargs.values())):
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+            kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
+        return func(*args, **kwargs)
 
 
 class _Direct:

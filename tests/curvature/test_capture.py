@@ -1,21 +1,18 @@
 """What a forward pass shows of its layers, and where samples are found in them."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samlite.curvature.capture.plan import Probe, Seen, UncoveredError, find_plan
-from samlite.curvature.capture.recorder import RULES, Capture
+from samlite.curvature.capture.plan import AMBIGUOUS, Call, Probe, Seen, UncoveredError, find_plan, find_scaled
+from samlite.curvature.capture.recorder import PARTS, RULES, Capture
 
 SAMPLES = 3
 
 
-def seen(value: Tensor, features: int = 1) -> Seen:
-    return Seen([Probe(value, features)], [], SAMPLES)
+def seen(value: Tensor, samples: int = SAMPLES, constant: bool = False) -> Seen:
+    return Seen(samples, [], [Probe(value, constant)])
 
 
 def with_sample_changed(value: Tensor, dim: int, kind: str) -> list[Seen]:
@@ -30,59 +27,64 @@ def with_sample_changed(value: Tensor, dim: int, kind: str) -> list[Seen]:
     return each
 
 
+def fewer(value: Tensor, dim: int) -> Seen:
+    """What is seen of two samples."""
+    return seen(value.narrow(dim, 0, value.shape[dim] * 2 // SAMPLES), 2)
+
+
 @pytest.mark.parametrize(
     ("shape", "dim", "kind", "layout"),
     [
         ((3, 5), 0, "alone", (0, 1, 3, 1)),
         ((7, 3, 5), 1, "alone", (1, 1, 3, 1)),
+        ((3, 3, 3), 1, "alone", (1, 1, 3, 1)),  # as large as other dimensions
         ((12, 5), 0, "inner", (0, 1, 3, 4)),  # positions behind the samples
         ((12, 5), 0, "outer", (0, 4, 3, 1)),  # and before them
     ],
 )
-def test_samples_are_found_where_only_their_entries_change(
+def test_samples_are_where_sizes_grow_with_them_and_entries_change(
     shape: tuple[int, ...], dim: int, kind: str, layout: tuple[int, ...]
 ) -> None:
     value = torch.randn(shape)
-    plan = find_plan(seen(value), with_sample_changed(value, dim, kind))
-    if kind == "alone":  # one row a sample: outer positions are as good
-        assert plan.layout(0, value, SAMPLES)[0] == dim and plan.layout(0, value, SAMPLES)[2] == 3
-    else:
-        assert plan.layout(0, value, SAMPLES) == layout
+    plan = find_plan([], seen(value), fewer(value, dim), with_sample_changed(value, dim, kind))
+    assert plan.layout(0, value, SAMPLES) == layout
     assert plan.suits(seen(torch.randn(shape))) and not plan.suits(seen(torch.randn(5, 5)))
 
 
 def test_samples_that_mix_are_found_nowhere() -> None:
     value = torch.randn(3, 5)
+    mixed = [seen(value + j + 1) for j in range(SAMPLES)]
     with pytest.raises(UncoveredError, match="whose samples are not apart"):
-        find_plan(seen(value), [seen(value + j + 1) for j in range(SAMPLES)])
+        find_plan([], seen(value), fewer(value, 0), mixed)
+    with pytest.raises(UncoveredError, match="does not grow"):
+        find_plan([], seen(value), seen(value, 2), mixed)
+    with pytest.raises(UncoveredError, match="that samples share"):
+        find_plan(
+            [],
+            seen(value, constant=True),
+            seen(value, 2, constant=True),
+            [seen(v.probes[0].value, constant=True) for v in mixed],
+        )
 
 
-PASSES: dict[str, tuple[Callable[[Any], Tensor], tuple[tuple[int, ...], ...], list[int]]] = {
-    "linear": (lambda w: F.linear(torch.ones(3, 4), w[0], w[1]), ((5, 4), (5,)), [1]),
-    "matmul": (lambda w: torch.ones(3, 4) @ w[0], ((4, 5),), [1]),
-    "conv2d": (lambda w: F.conv2d(torch.ones(3, 2, 4, 4), w[0]), ((5, 2, 3, 3),), [3]),
-    "layer norm": (lambda w: F.layer_norm(torch.randn(3, 4), (4,), w[0], w[1]), ((4,), (4,)), [1]),
-    "scale and shift": (lambda w: torch.ones(3, 4) * w[0] + w[1], ((4,), (4,)), [1, 1]),
-    "embedding": (lambda w: F.embedding(torch.arange(3), w[0]), ((6, 4),), [0]),
-}
+def test_what_grows_with_the_samples_is_found_in_shapes_and_integers() -> None:
+    more = Call([(3, 5), (3, 3), 12, 5, (4, 3)], [(6, 5)])
+    less = Call([(2, 5), (2, 2), 8, 5, (5, 3)], [(4, 5)])
+    (scaled,) = find_scaled(Seen(3, [more], []), Seen(2, [less], []))
+    assert scaled.arguments == [0, AMBIGUOUS, True, None, AMBIGUOUS] and scaled.results == [0]
+    with pytest.raises(UncoveredError, match="other steps"):
+        find_scaled(Seen(3, [more], []), Seen(2, [], []))
 
 
-@pytest.mark.parametrize("name", PASSES)
-def test_a_layer_is_recorded_with_what_are_features_of_it(name: str) -> None:
-    run, shapes, features = PASSES[name]
-    weights = [nn.Parameter(torch.randn(shape), requires_grad=False) for shape in shapes]
-    plain = run(weights) if name != "layer norm" else None
-    with Capture(weights, SAMPLES) as capture, torch.no_grad():
-        z = run(weights)
-    assert [probe.features for probe in capture.seen.probes] == features
-    assert plain is None or torch.allclose(z, plain)
-
-
-def test_an_operation_without_a_rule_is_named() -> None:
+def test_an_operation_in_place_is_named() -> None:
     weight = nn.Parameter(torch.ones(3), requires_grad=False)
-    with Capture([weight], SAMPLES), pytest.raises(UncoveredError, match=r"torch.*sin"):
-        weight.sin()
+    with Capture([weight], SAMPLES) as survey:
+        torch.zeros(3).add_(weight)
+    scaled = find_scaled(survey.seen, survey.seen)
+    with Capture([weight], SAMPLES, scaled), pytest.raises(UncoveredError, match=r"torch.*add_"):
+        torch.zeros(3).add_(weight)
 
 
 def test_every_function_has_one_rule() -> None:
-    assert F.linear in RULES and torch.conv3d in RULES and Tensor.__radd__ in RULES and len(RULES) == 27
+    assert F.linear in RULES and torch.conv3d in RULES and Tensor.__radd__ in RULES
+    assert not set(RULES) & set(PARTS)

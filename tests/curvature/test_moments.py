@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Waits
 from models import CASES, WHOLE, prepared
-from oracles import dense_gauss_newton, dense_hessians, largest, moment
+from oracles import dense_gauss_newton, dense_hessian, dense_hessians, largest, moment
 from torch import Tensor, nn
 
 from samlite import Hessian
@@ -119,21 +119,59 @@ def test_token_losses_weigh_samples_by_their_valid_tokens():
     assert (hessian.moment_operator(2) @ v - right).norm() <= ROUNDING * right.norm()
 
 
-def test_an_operation_without_a_rule_is_named_and_measured_exactly():
+class Exponential(torch.autograd.Function):
+    """A derivative that is written by hand, which vmap does not know."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].exp()
+
+
+def of_weight(function):
     class Reparametrised(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.randn(3, 4))
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.weight.exp())
+            return F.linear(x, function(self.weight))
 
-    model, x, y = Reparametrised(), torch.randn(6, 4), torch.randint(0, 3, (6,))
-    hessians = dense_hessians(model, nn.CrossEntropyLoss(), x, y)
-    hessian = Hessian(model, nn.CrossEntropyLoss(), (x, y))
+    return Reparametrised()
+
+
+def plain(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def penalised(model, batch):
+    """A loss that differentiates inside: by its inputs."""
+    x = batch[0].clone().requires_grad_()
+    value = model(x)
+    (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    return F.cross_entropy(value, batch[1]) + slope.square().sum(1).mean()
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "fallback"),
+    [
+        (lambda: of_weight(lambda w: torch.zeros(3, 4).add_(w)), plain, "add_: every sample is measured by itself"),
+        (lambda: of_weight(Exponential.apply), plain, "plain autograd: every sample is measured by itself"),
+        (lambda: prepared("MLP")[0], penalised, "plain autograd: every sample has its own copy of the weights"),
+    ],
+)
+def test_what_has_no_rule_is_named_and_measured_exactly(model, loss, fallback):
+    model, x, y = model(), torch.randn(6, 4), torch.randint(0, 3, (6,))
+    samples = [(x[i : i + 1], y[i : i + 1]) for i in range(6)]
+    hessians = torch.stack([dense_hessian(model, lambda m, one=one: loss(m, one)) for one in samples])
+    hessian = Hessian(model, loss, [(x, y)])
     v = torch.randn(hessian.shape[0])
     right = (moment(hessians, 2) - torch.linalg.matrix_power(hessians.mean(0), 2)) @ v
-    with pytest.warns(UserWarning, match="exp"):
+    with pytest.warns(UserWarning, match=fallback):
         assert (hessian.moment_operator(2) @ v - right).norm() <= ROUNDING * right.norm()
 
 

@@ -1,8 +1,9 @@
-"""Where the samples are in each layer of a forward pass, found by changing one of them at a time."""
+"""Where the samples are in a forward pass: found by passes over other numbers of samples, and over changed ones."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,33 +16,56 @@ class UncoveredError(Exception):
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What a site looked like, to find out where its samples are."""
+class Call:
+    """A call of a function of torch: of each argument and each result a shape, an integer, or None for the rest."""
 
-    value: Tensor  # input or output, as it was
-    features: int  # trailing dimensions that are not positions
+    arguments: list[Any]
+    results: list[Any]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """What grows with the number of samples in a call: dimensions of tensors, and integers (True); else None."""
+
+    arguments: list[int | bool | None]
+    results: list[int | bool | None]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A tensor as it was, to find out where its samples are."""
+
+    value: Tensor
+    constant: bool = False  # the same for all samples
 
 
 @dataclass(frozen=True)
 class Seen:
     """What was seen of a forward pass."""
 
-    probes: list[Probe]
-    lookups: list[bool]
-    """Of each embedding, whether its rows are the same for all samples."""
     samples: int
+    calls: list[Call]
+    probes: list[Probe]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the samples are at each site: in which dimension, "alone" in it, or with positions "inner" or "outer"."""
+    """Where samples are in each call, and in each tensor that was probed.
 
-    places: list[tuple[int, str]]
-    lookups: list[bool]
+    The place of a tensor is a dimension, and "alone" in it, or with positions "inner" or "outer"; None for constants.
+    """
 
-    def layout(self, site: int, value: Tensor, samples: int) -> Layout:
-        dim, kind = self.places[site]
-        others, rest = divmod(value.shape[dim], samples)
+    scaled: list[Scaled]
+    places: list[tuple[int, str] | None]
+
+    def layout(self, probe: int, value: Tensor, samples: int) -> Layout | None:
+        """Where the samples are in a tensor."""
+        if probe >= len(self.places):
+            raise UncoveredError("a forward pass that is another one for other samples")
+        if (place := self.places[probe]) is None:
+            return None
+        dim, kind = place
+        others, rest = divmod(value.shape[dim] if dim < value.dim() else 1, samples)
         if rest or (kind == "alone" and others != 1):
             raise UncoveredError(
                 f"a layer whose input of shape {tuple(value.shape)} does not show its {samples} samples"
@@ -50,7 +74,7 @@ class Plan:
 
     def suits(self, seen: Seen) -> bool:
         """Whether this is a plan of another pass, by its sites and their shapes."""
-        if len(seen.probes) != len(self.places) or seen.lookups != self.lookups:
+        if len(seen.probes) != len(self.places):
             return False
         try:
             for i, probe in enumerate(seen.probes):
@@ -60,38 +84,76 @@ class Plan:
         return True
 
 
-def find_plan(base: Seen, changed: list[Seen]) -> Plan:
-    """Where the samples are at each site.
+# --- What grows with the number of samples
+
+
+def find_scaled(more: Seen, fewer: Seen) -> list[Scaled]:
+    """What grows in each call with the number of samples, from passes over two numbers of them."""
+    if len(more.calls) != len(fewer.calls):
+        raise UncoveredError("a forward pass that takes other steps for other numbers of samples")
+    counts = more.samples, fewer.samples
+    return [
+        Scaled(
+            [_grown(a, b, counts) for a, b in zip(one.arguments, other.arguments, strict=False)],
+            [_grown(a, b, counts) for a, b in zip(one.results, other.results, strict=False)],
+        )
+        for one, other in zip(more.calls, fewer.calls, strict=True)
+    ]
+
+
+def _grown(more: Any, fewer: Any, counts: tuple[int, int]) -> int | bool | None:
+    if more == fewer or type(more) is not type(fewer):
+        return None
+    if isinstance(more, int):
+        return True if more * counts[1] == fewer * counts[0] else None
+    dims = [d for d, (a, b) in enumerate(zip(more, fewer, strict=False)) if a != b]
+    grown = [d for d in dims if more[d] * counts[1] == fewer[d] * counts[0]]
+    return dims[0] if len(more) == len(fewer) and len(dims) == 1 == len(grown) else AMBIGUOUS
+
+
+AMBIGUOUS = -1  # several dimensions grow, or one by another factor
+
+
+# --- Where the samples are
+
+
+def find_plan(scaled: list[Scaled], base: Seen, fewer: Seen, changed: list[Seen]) -> Plan:
+    """Where the samples are in each tensor that was probed.
 
     Args:
         base: a pass over a few samples.
+        fewer: a pass over fewer of them.
         changed: passes after a change of sample j alone, for each j.
 
     Raises:
         UncoveredError: they are nowhere, such as behind an operation that mixes samples.
     """
-    places = []
+    if any(len(other.probes) != len(base.probes) for other in (fewer, *changed)):
+        raise UncoveredError("a forward pass that takes other steps for other samples")
+    places: list[tuple[int, str] | None] = []
     for i, probe in enumerate(base.probes):
+        name = f"a layer on shape {tuple(probe.value.shape)}"
+        if any(other.probes[i].value.shape != probe.value.shape for other in changed):
+            raise UncoveredError(f"{name}, which is another one for other samples")
         touched = [probe.value != other.probes[i].value for other in changed]
-        options = _candidates(probe, len(changed))
-        fitting = [option for option in options if _fits(option, touched)]
+        if probe.constant:
+            if any(bool(mask.any()) for mask in touched):
+                raise UncoveredError(f"{name} that samples share")
+            places.append(None)
+            continue
+        dim = _grown(tuple(probe.value.shape), tuple(fewer.probes[i].value.shape), (base.samples, fewer.samples))
+        if dim is None or dim == AMBIGUOUS:
+            raise UncoveredError(f"{name} that does not grow with the number of samples")
+        kinds = ("alone",) if probe.value.shape[dim] == base.samples else ("inner", "outer")
+        fitting = [(dim, kind) for kind in kinds if _fits(dim, kind, touched)]
         if not fitting:
-            raise UncoveredError(f"a layer on shape {tuple(probe.value.shape)} whose samples are not apart")
+            raise UncoveredError(f"{name} whose samples are not apart")
         places.append(fitting[0])
-    return Plan(places, base.lookups)
+    return Plan(scaled, places)
 
 
-def _candidates(probe: Probe, samples: int) -> list[tuple[int, str]]:
-    """Dimensions that can hold the samples, alone or merged with positions behind or before them."""
-    positions = probe.value.shape[: probe.value.dim() - probe.features]
-    alone = [(d, "alone") for d, size in enumerate(positions) if size == samples]
-    merged = [(d, size) for d, size in enumerate(positions) if size != samples and size % samples == 0]
-    return alone + [(d, kind) for d, _ in merged for kind in ("inner", "outer")]
-
-
-def _fits(option: tuple[int, str], touched: list[Tensor]) -> bool:
+def _fits(dim: int, kind: str, touched: list[Tensor]) -> bool:
     """Whether only the entries of sample j changed with it."""
-    dim, kind = option
     samples = len(touched)
     for j, mask in enumerate(touched):
         index = torch.arange(mask.shape[dim], device=mask.device)
