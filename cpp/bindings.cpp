@@ -148,12 +148,13 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Options>(m, "Options")
       .def(py::init([](int64_t k, double tol, bool verify, bool separated, int64_t basis, int64_t max_matvecs,
-                       uint64_t seed, std::optional<Tensor> start, std::function<void(int64_t, double)> progress) {
-             return Options{k, Which::LA, tol, verify, separated, basis, max_matvecs, seed, start, progress};
+                       uint64_t seed, std::optional<Tensor> start, std::function<void(int64_t, double)> progress,
+                       double precision) {
+             return Options{k, Which::LA, tol, verify, separated, basis, max_matvecs, seed, start, progress, precision};
            }),
            py::kw_only(), py::arg("k") = 1, py::arg("tol") = 1e-3, py::arg("verify") = false,
            py::arg("separated") = true, py::arg("basis") = 100, py::arg("max_matvecs") = 1000, py::arg("seed") = 0,
-           py::arg("start") = py::none(), py::arg("progress") = py::none());
+           py::arg("start") = py::none(), py::arg("progress") = py::none(), py::arg("precision") = 0.0);
 
   py::class_<Eigenpairs>(m, "Eigenpairs")
       .def_readonly("values", &Eigenpairs::values)

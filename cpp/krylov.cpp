@@ -37,7 +37,7 @@ Factorisation::Factorisation(CountedMatVec& apply, const Tensor& like, int64_t p
       apply_(apply),
       options_(options),
       generator_(at::detail::createCPUGenerator(options.seed)),
-      eps_(samlite::epsilon(like)),
+      eps_(std::max(samlite::epsilon(like), options.precision)),
       H_(at::zeros({rows, rows}, like.options().dtype(at::kDouble))),
       beta_(at::zeros({rows}, H_.options())) {}
 

@@ -64,7 +64,7 @@ Eigenpairs power_iteration(MatVec multiply, const Tensor& like, int64_t p, const
   CountedMatVec apply(std::move(multiply), options.max_matvecs);
   auto generator = at::detail::createCPUGenerator(options.seed);
   const auto random = [&] { return random_vector(p, generator, like.options()); };
-  const double eps = epsilon(like);
+  const double eps = std::max(epsilon(like), options.precision);
   Tensor X = at::empty({0, p}, like.options());
 
   // More than half of the norm is enough for the shift.

@@ -26,6 +26,7 @@ struct Options {
   uint64_t seed = 0;
   std::optional<Tensor> start;                    // (s, p), rows: earlier eigenvectors
   std::function<void(int64_t, double)> progress;  // products so far, worst error over what is allowed
+  double precision = 0;                           // relative error of products, where that is more than rounding
   std::function<double()> scale = {};             // of rounding in products, where that is more than their norm
 };
 

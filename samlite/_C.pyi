@@ -18,6 +18,7 @@ class Options:
         seed: int = 0,
         start: Tensor | None = None,
         progress: Function[[int, float], None] | None = None,
+        precision: float = 0.0,
     ) -> None: ...
 
 class Eigenpairs:

@@ -63,12 +63,16 @@ class Losses(Stream):
 
     def doubled(self) -> "Losses":
         """The same losses of a copy of the model in float64."""
+        return self.copied(torch.float64)
+
+    def copied(self, dtype: torch.dtype) -> "Losses":
+        """The same losses of a copy of the model in another type."""
         twins: dict[int, Any] = {}
-        model = deepcopy(self.model, twins).double()
+        model = deepcopy(self.model, twins).to(dtype)
         loss_fn = deepcopy(self._loss_fn, twins) if isinstance(self._loss_fn, nn.Module) else self._loss_fn
         if not all(id(p) in twins for p in self.parameters):
             raise TypeError("the model must be copied with its parameters, got one that makes others (scripted)")
-        # `double` replaces the values of parameters, not the parameters
+        # `to` replaces the values of parameters, not the parameters
         return Losses(model, loss_fn, self.data, [twins[id(p)] for p in self.parameters], self.mode)
 
     def neutral(self) -> AbstractContextManager[None]:
@@ -103,6 +107,18 @@ class Losses(Stream):
         self.index += 1
         compiled().drop_hooks([total], before)
         return total, known
+
+    def gradient(self) -> tuple[Tensor, float]:
+        """(The gradient of the sum of all losses: (p,), their weight)."""
+        sums, weights = torch.cat([torch.zeros_like(p).reshape(-1) for p in self.parameters]), 0.0
+        self.rewind(0)
+        while (batch := self.next_batch()) is not End:
+            total, weight = self.total(batch)
+            weights += weight
+            if total.requires_grad:
+                parts = torch.autograd.grad(total, self.parameters, allow_unused=True, materialize_grads=True)
+                sums += torch.cat([part.reshape(-1) for part in parts])
+        return sums, weights
 
     def _check_first(self, value: Tensor) -> None:
         if self._first is None or is_pair(self.data) or self.single:

@@ -39,6 +39,9 @@ class Hessian(HessianProducts):
         process_group: of ``torch.distributed``, whose processes each hold a part of the data and the same weights:
             every result is that of all the data together, the same on every process, and all must call the same
             methods. Every product is summed over the processes once. Memory is what the one with the least has.
+        products: "autograd", exact; or "finite-difference", by central differences of the gradient, for operations
+            without a second derivative. Those take two gradients each on a copy of the model, in float64 where the loss
+            can be computed so, and their error is in every bound of `eigenvalues`.
 
     Raises:
         UsageError: an argument is not usable; the line names it, the rule and the fix.

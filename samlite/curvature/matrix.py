@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 Progress = Callable[[int, float], None]
 """Called with (products so far, worst error over what is allowed)."""
@@ -31,6 +31,14 @@ class Matrix:
     def products(self) -> AbstractContextManager[Any]:
         """The compiled operator, for use within."""
         raise NotImplementedError
+
+    def precision(self) -> float:
+        """The relative error of a product where that is more than rounding, else 0."""
+        return 0.0
+
+    def product_errors(self, vectors: Tensor) -> list[float]:
+        """How far the product of each row is from the truth, where that is more than rounding."""
+        return [0.0] * len(vectors)
 
     def gradient_seconds(self) -> float:
         """Seconds of a gradient of the loss: the unit of work."""

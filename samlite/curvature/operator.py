@@ -131,12 +131,14 @@ class Operator(Matrix):
             for numbers in (pairs.values, pairs.errors, pairs.residuals)
         )
         require_float64(max(abs(x) for x in pairs.values), exponent, "eigenvalues")
+        inexact = torch.tensor(self.product_errors(pairs.vectors), dtype=torch.float64, device="cpu")
+        errors, residuals = errors + inexact, residuals + inexact
         return Eigenvalues(
             values=values,
             errors=errors,
             residuals=residuals,
             vectors=pairs.vectors.T if vectors else None,
-            converged=pairs.converged,
+            converged=pairs.converged and bool((inexact <= tol * values.abs()).all()),
             complete=pairs.complete,
             matvecs=pairs.matvecs,
             **work,
@@ -176,6 +178,7 @@ class Operator(Matrix):
             seed=seed,
             start=None if start is None else self._rows(start),
             progress=progress,
+            precision=self.precision(),
         )
         began = time.perf_counter()
         with self.products() as operator:

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from samlite.batches import is_pair
 from samlite.curvature.compiled import compiled, usage_errors
 from samlite.curvature.criterion import Loss
+from samlite.curvature.differences import Differences
 from samlite.curvature.function import Losses
 from samlite.curvature.gauss_newton import Curves, Kind
 from samlite.curvature.memory import free_bytes, parse_bytes
@@ -33,6 +34,8 @@ from samlite.errors import UsageError, require
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Products = Literal["autograd", "finite-difference"]
 
 
 class HessianProducts(Operator):
@@ -49,12 +52,21 @@ class HessianProducts(Operator):
         memory: int | str | None = None,
         mode: Literal["eval", "train"] = "eval",
         process_group: Any = None,
+        products: Products = "autograd",
     ) -> None:
         check_real()
         if not isinstance(model, nn.Module):
             raise UsageError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         require(mode in ("eval", "train"), f"mode must be 'eval' or 'train', got {mode!r}")
         require(curvature in ("hessian", "ggn"), f"curvature must be 'hessian' or 'ggn', got {curvature!r}")
+        require(
+            products in ("autograd", "finite-difference"),
+            f"products must be 'autograd' or 'finite-difference', got {products!r}",
+        )
+        require(
+            products == "autograd" or curvature == "hessian",
+            "products='finite-difference' needs curvature='hessian', got 'ggn'; use products='autograd'",
+        )
         model = _bare(model)
         self.names, self.params = _selected(model, loss_fn, params)
         self.mode: Literal["eval", "train"] = mode
@@ -67,7 +79,9 @@ class HessianProducts(Operator):
         self._losses = Losses(model, loss_fn, data, self.params, mode)
         with self._losses.neutral():
             self._losses.probe(PROBE)
+        self._how = products
         self._operator: Any = None
+        self._differences: Differences | None = None
         self._state: list[tuple[Any, ...]] = []
         self._moments: dict[str, tuple[list[tuple[Any, ...]], Samples]] = {}
 
@@ -82,19 +96,13 @@ class HessianProducts(Operator):
             memory=self.memory,
             mode=self.mode,
             process_group=self._ranks.group if self._ranks else None,
+            products=self._how,
         )
 
     def gradient(self) -> Tensor:
         """The gradient of the mean loss: (p,)."""
         with self.products():  # which also cuts the data into chunks that fit
-            sums, weights = torch.cat([torch.zeros_like(p).reshape(-1) for p in self.params]), 0.0
-            self._losses.rewind(0)
-            while (batch := self._losses.next_batch()) is not End:
-                total, weight = self._losses.total(batch)
-                weights += weight
-                if total.requires_grad:
-                    parts = torch.autograd.grad(total, self.params, allow_unused=True, materialize_grads=True)
-                    sums += torch.cat([part.reshape(-1) for part in parts])
+            sums, weights = self._losses.gradient()
             if self._ranks:
                 self._ranks.sum(sums)
                 weights = self._ranks.total(weights)
@@ -112,6 +120,10 @@ class HessianProducts(Operator):
     def samples(self, unit: Unit) -> Samples:
         """The per-sample Hessians at the model's present weights."""
         require(unit in ("sample", "batch"), f"unit must be 'sample' or 'batch', got {unit!r}")
+        require(
+            self._how == "autograd",
+            "moments of samples need products='autograd', got 'finite-difference'",
+        )
         require(
             unit == "sample" or not is_pair(self._data),
             "unit='batch' needs data in batches, got a pair of tensors; pass list(zip(x.split(128), y.split(128)))",
@@ -138,7 +150,25 @@ class HessianProducts(Operator):
 
     def gradient_seconds(self) -> float:
         """Seconds of a full gradient."""
+        if self._differences is not None:
+            return self._differences.gradient_seconds
         return float(self._operator.build_seconds) if self._operator is not None else 0.0
+
+    def precision(self) -> float:
+        """The relative error of a product where that is more than rounding, else 0."""
+        if self._how == "autograd":
+            return 0.0
+        with self.products():
+            assert self._differences is not None
+            return self._differences.precision
+
+    def product_errors(self, vectors: Tensor) -> list[float]:
+        """How far the product of each row is from the truth, where that is more than rounding."""
+        if self._how == "autograd":
+            return super().product_errors(vectors)
+        with self.products():
+            assert self._differences is not None
+            return [self._differences.error(v) for v in vectors]
 
     @contextmanager
     def products(self) -> Iterator[Any]:
@@ -146,7 +176,8 @@ class HessianProducts(Operator):
         with self._explained():
             operator = self._current()
             yield operator
-        _check_steady(operator)
+        if self._differences is None:
+            _check_steady(operator)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -162,6 +193,12 @@ class HessianProducts(Operator):
         state = self._losses.state()
         if self._operator is None or state != self._state:
             self._operator, losses = None, self._losses
+            if self._how == "finite-difference":
+                self._differences = Differences(losses, self._ranks, self.memory)
+                like = self.params[0].detach()
+                self._operator = compiled().Callable(self._differences, like, self.shape[0])
+                self._state = state
+                return self._operator
             if self._ranks and self._ranks.least(-float(losses.coupled)) < 0:
                 raise UsageError(
                     "a loss whose samples depend on each other needs data in batches to be shared by processes, got a "
@@ -200,7 +237,7 @@ class HessianProducts(Operator):
                 reason = str(culprit).splitlines()[0]
                 return UsageError(
                     f"the loss must be twice differentiable, got an operation behind {name} that is not ({reason}); "
-                    "replace the operation, or leave the parameter out with params="
+                    "use products='finite-difference', or leave the parameter out with params="
                 )
         return error
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from samlite.curvature.neutral import without_hooks
-from samlite.curvature.stand_ins import AllDouble, twice_differentiable
+from samlite.curvature.stand_ins import TwiceDifferentiable, without_checkpointing
 from samlite.errors import UsageError
 
 _OF_MODULES = frozenset(vars(nn.Module()))  # attributes that torch itself keeps in a module
@@ -86,9 +86,8 @@ def untouched(
             )  # nor have cuDNN's recurrent layers
         if "torch._dynamo" in sys.modules:  # nor have compiled graphs
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(twice_differentiable())
-        if next(iter(model.parameters())).dtype == torch.float64:
-            stack.enter_context(AllDouble())
+        stack.enter_context(without_checkpointing())
+        stack.enter_context(TwiceDifferentiable(double=next(iter(model.parameters())).dtype == torch.float64))
         stack.enter_context(_fresh_caches())
         stack.enter_context(_own_state(modules))
         stack.enter_context(_only(parameters, everything))

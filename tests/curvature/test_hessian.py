@@ -362,7 +362,7 @@ def test_an_operation_without_second_derivative_is_named_with_its_parameter() ->
     class Bag(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.bag, self.head = nn.EmbeddingBag(9, 4), nn.Linear(4, 3)
+            self.bag, self.head = nn.EmbeddingBag(9, 4, mode="max"), nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.bag(x))

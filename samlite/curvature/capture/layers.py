@@ -12,6 +12,7 @@ from torch import Tensor
 
 from samlite.curvature.capture.plan import UncoveredError
 from samlite.curvature.capture.recorder import Capture, in_parts, rule
+from samlite.curvature.stand_ins import FORMULAS
 from samlite.errors import UsageError
 
 
@@ -321,6 +322,14 @@ def prelu(c: Capture, input: Tensor, weight: Tensor) -> Any:
         return NotImplemented
     with c:
         return input.clamp_min(0) + input.clamp_max(0) * (weight if weight.numel() == 1 else _channels(weight, input))
+
+
+@in_parts(F.embedding_bag)
+def embedding_bag(c: Capture, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if not c.owns(weight):
+        return NotImplemented
+    with c:
+        return FORMULAS[F.embedding_bag](input, weight, *args, **kwargs)
 
 
 def _recurrent(step: Callable[..., Any], c: Capture, input: Tensor, h0: Any, rest: Sequence[Any]) -> Any:
