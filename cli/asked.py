@@ -38,14 +38,22 @@ class Asked:
     model: str | None
     data: str | None
     loss: str | None
+    weights: str | None
     save_vectors: Path | None
     measures: list[str]
+
+    @property
+    def of_run(self) -> bool:
+        """Whether a run is measured, not anyone's checkpoint."""
+        from samlite.training.runs import is_run
+
+        return is_run(self.source)
 
     @property
     def kept(self) -> bool:
         """Whether the measurement is that of the run, and exact enough to keep."""
         whole = self.which == "LA" and self.params is None and self.samples is None and self.mode == "eval"
-        return self.source.is_dir() and whole and self.tol <= 1e-3
+        return self.of_run and whole and self.tol <= 1e-3
 
     def check(self) -> None:
         """Raise UsageError for options and files that cannot be, before the work."""
@@ -57,14 +65,16 @@ class Asked:
         """The network and its data; completes what the run says."""
         from samlite.training.measurements import run_subject
 
-        if self.source.is_dir():
+        if self.of_run:
             subject = run_subject(self.source, self.samples, self.device)
         else:
             from samlite.cli.checkpoint import checkpoint_subject
 
             assert self.model and self.data
             loss = self.loss or "cross_entropy"
-            subject = checkpoint_subject(self.source, self.model, self.data, loss, self.samples, self.device)
+            subject = checkpoint_subject(
+                self.source, self.model, self.data, loss, self.samples, self.device, self.weights
+            )
         self.lr = subject.lr if self.lr is None else self.lr
         self.rho = subject.rho if self.rho is None else self.rho
         if "stability" in self.measures and self.lr is None:
@@ -92,19 +102,20 @@ def _check_numbers(asked: Asked) -> None:
 
 
 def _check_checkpoint(asked: Asked) -> None:
-    given = [f"--{name}" for name in ("model", "data", "loss") if getattr(asked, name)]
-    if asked.source.is_dir() and given:
-        raise UsageError(f"{given[0]} must go with a checkpoint file, got the folder {asked.source}; leave it out")
-    if not asked.source.is_dir() and not {"--model", "--data"} <= set(given):
+    given = [f"--{name}" for name in ("model", "data", "loss", "weights") if getattr(asked, name)]
+    if asked.of_run and given:
+        raise UsageError(f"{given[0]} must go with a checkpoint, got the run {asked.source}; leave it out")
+    if not asked.of_run and not {"--model", "--data"} <= set(given):
         raise UsageError(
-            f"a checkpoint needs --model pkg.mod:factory and --data pkg.mod:batches, got the file {asked.source}"
+            "a checkpoint needs --model (pkg.mod:factory, timm:NAME or hf:) and --data pkg.mod:batches, "
+            f"got {asked.source} with {', '.join(given) or 'neither'}"
         )
 
 
 def _check_files(asked: Asked) -> None:
     from samlite.training.measurements import read_sharpness
 
-    if asked.source.is_dir():
+    if asked.of_run:
         read_sharpness(asked.source)
         replaceable(asked.source / FIGURE)
     for name, path in (("--figure", asked.figure), ("--save-vectors", asked.save_vectors)):

@@ -1,21 +1,31 @@
 """Anyone's checkpoint, for `samlite sharpness`: weights are read as tensors only, nothing in the file is executed."""
 
+import importlib
+import json
 import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import click
+import torch
+from torch import nn
 
-from samlite.batches import is_pair
+from samlite.batches import described, is_pair
 from samlite.curvature.stream import checked_data
 from samlite.errors import UsageError, shortened
-from samlite.training.checkpoints import check_types, load_weights
 from samlite.training.config import usable_device
 from samlite.training.measurements import Subject, drawn
+from samlite.training.runs import CONFIG
+from samlite.training.weights import FOLDER_FILES, load_weights_into
 
-_LOSSES: dict[str, Callable[[], nn.Module]] = {"cross_entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
+_IGNORED = -100  # labels that do not count, as transformers has it
+_LOSSES: dict[str, Callable[[], Any]] = {
+    "cross_entropy": nn.CrossEntropyLoss,
+    "mse": nn.MSELoss,
+    "model": lambda: _own_loss,
+}
 
 
 def checkpoint_subject(
@@ -25,19 +35,25 @@ def checkpoint_subject(
     loss: str = "cross_entropy",
     samples: int | None = None,
     device: str | None = None,
+    weights: str | None = None,
 ) -> Subject:
-    """Weights in a .pt, .pth or .safetensors file, in the module that ``pkg.mod:factory`` builds.
+    """The weights in a file, or in a folder of Hugging Face's layout, in the module that `model` names.
 
     Args:
-        model: names a module, or a function without arguments that returns one.
+        model: as of `build_model`.
         data: names an (inputs, targets) pair, a re-iterable of batches, or a function that returns one.
-        loss: ``cross_entropy``, ``mse``, or names a loss module or a function of (model, batch).
+        loss: ``cross_entropy``, ``mse``, ``model`` for the loss that the model returns of a batch by keywords, or names
+            a loss module or a function of (model, batch).
         samples: so many rows of the pair, drawn at random but always the same.
+        weights: names the weights, where the file holds several that fit.
     """
-    module = _build(model, "--model")
-    if not isinstance(module, nn.Module):
-        raise UsageError(f"--model must name a torch.nn.Module or a function that returns one, got {model!r}")
-    _load_into(module, load_weights(path), path)
+    module = build_model(model, path)
+    folder = path if path.is_dir() else path.parent
+    if model == "hf:" and (path.is_dir() or path.name in FOLDER_FILES):
+        module = _load_by_transformers(module, folder)
+    else:
+        for line in load_weights_into(module, path, weights):
+            click.echo(line, err=True)
     module.to(usable_device(device or "cpu"))
     criterion = _LOSSES[loss]() if loss in _LOSSES else resolve(loss, "--loss")
     batches = checked_data(_build(data, "--data"))
@@ -48,6 +64,100 @@ def checkpoint_subject(
     available = len(batches[0])
     pair = batches if samples is None else drawn(batches, samples, seed=0)
     return Subject(module, criterion, pair, len(pair[0]), available)
+
+
+def build_model(name: str, path: Path) -> nn.Module:
+    """A module by its name.
+
+    ``pkg.mod:factory`` names one, or a function without arguments that returns one; ``timm:NAME,num_classes=10`` is
+    timm's, with arguments; ``hf:FOLDER`` is what the config.json in the folder describes, by default that of the
+    checkpoint.
+    """
+    library, _, rest = name.partition(":")
+    if library == "hf":
+        return _of_transformers(Path(rest) if rest else path if path.is_dir() else path.parent)
+    if library == "timm":
+        return _of_timm(rest)
+    module = _build(name, "--model")
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"--model must name a torch.nn.Module or a function that returns one, got {name!r}")
+    return module
+
+
+def _of_transformers(folder: Path) -> nn.Module:
+    """The module that a config describes, with weights at random."""
+    transformers = _imported("transformers", "hf:")
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"--model hf: needs a {CONFIG}, got none in {folder}; give hf:FOLDER")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        kind = getattr(transformers, config.architectures[0]) if config.architectures else transformers.AutoModel
+        return kind.from_config(config) if kind is transformers.AutoModel else kind(config)
+    except Exception as error:  # a config that transformers does not know
+        raise UsageError(f"--model hf: {folder / CONFIG} failed with {_reason(error)}") from error
+
+
+def _load_by_transformers(module: nn.Module, folder: Path) -> nn.Module:
+    """The module with the weights in its own folder, whose names transformers may translate; all of them or none."""
+    try:
+        loaded, found = type(module).from_pretrained(  # type: ignore[attr-defined]
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # damaged files, shapes that do not fit
+        raise UsageError(
+            f"{folder} must hold the weights of --model hf:, but loading failed with {_reason(error)}"
+        ) from error
+    wrong = {what: sorted(map(str, found.get(f"{what}_keys", ()))) for what in ("missing", "unexpected", "mismatched")}
+    for what, names in wrong.items():
+        if names:
+            raise UsageError(f"{folder} must hold all weights of --model hf:, got {what} {shortened(names, 3)}")
+    return loaded  # type: ignore[no-any-return]
+
+
+def _of_timm(name: str) -> nn.Module:
+    timm = _imported("timm", "timm:")
+    name, *settings = name.split(",")
+    pairs = [setting.partition("=") for setting in settings]
+    for key, _, value in pairs:
+        if not (key.isidentifier() and value):
+            raise UsageError(f"--model timm:NAME must be followed by key=value, got {key!r}")
+    try:
+        return timm.create_model(name, pretrained=False, **{key: _value(value) for key, _, value in pairs})
+    except Exception as error:  # a name or an argument that timm does not know
+        raise UsageError(f"--model timm:{name} failed with {_reason(error)}") from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _imported(package: str, what: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UsageError(f"--model {what} needs {package}, got {_reason(error)}; pip install {package}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Any:
+    """The loss that the model itself returns of a batch, as those of transformers do."""
+    if not hasattr(batch, "keys"):
+        raise UsageError(f"--loss model needs batches that are dictionaries, got {described(batch)}")
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise UsageError("--loss model needs a model that returns a loss, got none; give labels in the batches")
+    labels = batch.get("labels")
+    if labels is None or labels.is_floating_point():
+        return loss
+    if getattr(model, "loss_type", None) == "ForCausalLM":
+        labels = labels[..., 1:]  # the first token is not predicted
+    return loss, (labels != _IGNORED).sum()
 
 
 def resolve(name: str, option: str) -> Any:
@@ -77,27 +187,3 @@ def _build(name: str, option: str) -> Any:
         return named()
     except (Exception, SystemExit) as error:  # the user's own function
         raise UsageError(f"{option}: {name} failed with {type(error).__name__}: {error}") from error
-
-
-def _load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    check_types(module, state, path)
-    try:
-        missing, unexpected = module.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        detail = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise UsageError(f"{path} must fit the model of --model: {detail or error}") from None
-    except Exception as error:  # quantized layers, and whatever else has its own way to load
-        raise UsageError(f"{path} must fit the model of --model, got {type(error).__name__}: {error}") from error
-    # A tied weight is stored once: what it is missing under its other names is there.
-    tensors = module.state_dict(keep_vars=True)
-    present = {id(tensor) for name, tensor in tensors.items() if name in state}
-    missing = [name for name in missing if id(tensors[name]) not in present]
-    if missing or unexpected:
-        raise UsageError(
-            f"{path} must fit the model of --model: "
-            + "; ".join(
-                f"{what} {shortened(names, 3)}"
-                for what, names in (("it lacks", missing), ("the model has no", unexpected))
-                if names
-            )
-        )

@@ -70,18 +70,26 @@ _FIELDS = [field.name for field in fields(Asked) if field.name not in ("source",
 @click.option("--device", help="cpu, cuda, cuda:1, mps; default that of the run, else cpu.")
 @click.option("--samples", type=int, help="How many samples to measure on; of a run at most 8192 by default.")
 @click.option("--memory", metavar="SIZE", help="Bound of the kept graphs, such as 2GB; default half of what is free.")
-@click.option("--model", metavar="PKG.MOD:FACTORY", help="For a checkpoint: what builds its module.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="For a checkpoint: pkg.mod:factory that builds its module, timm:NAME,num_classes=10, or hf: for what the "
+    "config.json beside it describes.",
+)
 @click.option("--data", metavar="PKG.MOD:BATCHES", help="For a checkpoint: (inputs, targets), or batches.")
 @click.option(
     "--loss",
     metavar="LOSS",
-    help="For a checkpoint: cross_entropy (the default), mse, or pkg.mod:fn of (model, batch).",
+    help="For a checkpoint: cross_entropy (the default), mse, model for its own loss of a dictionary, or pkg.mod:fn "
+    "of (model, batch).",
 )
+@click.option("--weights", metavar="NAME", help="Which weights in a checkpoint that holds several, such as ema.")
 @click.option("--save-vectors", type=click.Path(path_type=Path), help="Write the eigenvectors (.safetensors).")
 @json_option
 def sharpness(source: Path, as_json: bool, **options: Any) -> None:
     """Measure the eigenvalues of the loss Hessian at a minimum: of a run's folder, or of anyone's
-    checkpoint (.pt, .pth, .safetensors), from which weights are read and nothing is executed.
+    checkpoint (a file of torch.save or safetensors, or a folder of Hugging Face's), from which weights
+    are read and nothing is executed.
 
     \b
     Examples:
@@ -90,6 +98,7 @@ def sharpness(source: Path, as_json: bool, **options: Any) -> None:
       samlite sharpness runs/digits-sgd-w64-s0 --moments --trace --density --blocks
       samlite sharpness runs/digits-sgd-w64-s0 --stability --curvature ggn
       samlite sharpness resnet.pt --model nets:resnet20 --data nets:batches --top 10
+      samlite sharpness gpt2/ --model hf: --data texts:batches --loss model
       torchrun --nproc-per-node 4 -m samlite.cli sharpness runs/digits-sgd-w64-s0 --moments
 
     Each value comes with a bound on its error, or with a standard error where it is an estimate. Exit status 1

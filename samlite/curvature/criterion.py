@@ -61,7 +61,10 @@ def _beside(criterion: nn.Module, model: nn.Module, like: Tensor) -> nn.Module:
 
 
 class _Criterion:
-    """criterion(model(inputs), targets) with the denominator that the criterion divides by as the weight."""
+    """criterion(model(inputs), targets) with the denominator that the criterion divides by as the weight.
+
+    Of an output with logits, as those of transformers, these are taken.
+    """
 
     def __init__(self, criterion: nn.Module) -> None:
         self.criterion = criterion
@@ -76,7 +79,8 @@ class _Criterion:
                 "pass a function of (model, batch) instead"
             )
         inputs, targets = batch
-        loss = self.criterion(model(inputs), targets)
+        outputs = model(inputs)
+        loss = self.criterion(getattr(outputs, "logits", outputs), targets)
         if self.reduction == "sum":
             return loss / max(len(targets), 1), len(targets)
         return loss, denominator(self.criterion, targets)

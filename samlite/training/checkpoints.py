@@ -11,7 +11,7 @@ from safetensors.torch import load_file, load_model, save
 from torch import Tensor, nn
 
 from samlite.errors import UsageError
-from samlite.files import described, regular, replacing
+from samlite.files import regular, replacing
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -63,24 +63,11 @@ def load_model_weights(path: Path, model: nn.Module) -> None:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Anyone's weights by name, from a .pt, .pth or .safetensors file; nothing in it is executed.
-
-    A dictionary that nests the weights under "model" or "state_dict" is opened.
-    """
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(regular(path))
-        except SafetensorError as error:
-            raise UsageError(f"{path} must be a safetensors file: {_reason(error)}") from None
-    state = load_checkpoint(path)
-    for key in ("state_dict", "model"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    others = [name for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
-    if others or not state:
-        held = f"{described(others[0])}: {described(state[others[0]])}" if others else "none"
-        raise UsageError(f"{path} must hold named tensors, as model.state_dict() gives them, got {held}")
-    return state
+    """The tensors that `save_tensors` wrote. Raises UsageError where the file is damaged."""
+    try:
+        return load_file(regular(path))
+    except SafetensorError as error:
+        raise UsageError(f"{path} must be a safetensors file: {_reason(error)}") from None
 
 
 def check_types(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:

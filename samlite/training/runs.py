@@ -17,6 +17,7 @@ from samlite.training import network
 from samlite.training.checkpoints import load_model_weights, load_weights, save_tensors
 from samlite.training.config import Config, task_of, usable_device
 from samlite.training.sparsity import masks_in
+from samlite.training.weights import FOLDER_FILES
 
 # The files of a run
 CONFIG = "config.json"  # all that repeats it
@@ -62,6 +63,19 @@ class Run:
     task: Task
     model: nn.Module
     data: Splits
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is the folder of a run, finished or not, and not one of Hugging Face's with weights."""
+    if not path.is_dir():
+        return False
+    try:
+        keys = read_json(path / CONFIG).keys()
+    except FileNotFoundError:
+        return not any((path / name).exists() for name in FOLDER_FILES)
+    except UsageError:  # which is told when the run is read
+        return True
+    return not keys & {"architectures", "architecture", "model_type"}
 
 
 def read_config(folder: Path) -> Config:
