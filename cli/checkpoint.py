@@ -155,7 +155,7 @@ def _own_loss(model: nn.Module, batch: Any) -> Any:
     labels = batch.get("labels")
     if labels is None or labels.is_floating_point():
         return loss
-    if getattr(model, "loss_type", None) == "ForCausalLM":
+    if getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss":
         labels = labels[..., 1:]  # the first token is not predicted
     return loss, (labels != _IGNORED).sum()
 
