@@ -7,12 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from samlite import integrations
     from samlite.curvature.hessian import Hessian
     from samlite.curvature.operator import Operator
     from samlite.curvature.results import Block, Density, Eigenvalues, Estimate, Moments, Sharpness, Stability
     from samlite.errors import UsageError
     from samlite.optim.sam import SAM
     from samlite.optim.sampa import SAMPa
+    from samlite.optim.schedule import RhoScheduler
     from samlite.optim.variants import AgnosticSAM, FriendlySAM
 
 __version__ = "0.1.0"
@@ -27,11 +29,13 @@ __all__ = [
     "Hessian",
     "Moments",
     "Operator",
+    "RhoScheduler",
     "SAMPa",
     "Sharpness",
     "Stability",
     "UsageError",
     "__version__",
+    "integrations",
 ]
 
 _HOME = {
@@ -40,6 +44,7 @@ _HOME = {
     "AgnosticSAM": "samlite.optim.variants",
     "FriendlySAM": "samlite.optim.variants",
     "SAMPa": "samlite.optim.sampa",
+    "RhoScheduler": "samlite.optim.schedule",
     "Hessian": "samlite.curvature.hessian",
     "Moments": "samlite.curvature.results",
     "Operator": "samlite.curvature.operator",
@@ -56,4 +61,6 @@ def __getattr__(name: str) -> Any:
     """Import on first use, so that `samlite --help` starts without torch and SAM works without `_C`."""
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
+    if name == "integrations":
+        return import_module("samlite.integrations")
     raise AttributeError(f"module 'samlite' has no attribute {name!r}")

@@ -78,7 +78,7 @@ def climb_(buckets: list[Bucket], rho: float | None = None) -> Tensor:
     for (group, weights, _), direction in zip(shards, directions, strict=True):
         if group["adaptive"]:
             direction = torch._foreach_mul(direction, torch._foreach_abs(weights))
-        radius = group["rho"] if rho is None else rho
+        radius = float(group["rho"] if rho is None else rho)
         radius = -radius if group.get("maximize") else radius
         if group["normalize"]:
             divisors = [divisor.to(weights[0].device)] * len(weights)

@@ -26,11 +26,11 @@ from torch.utils.hooks import RemovableHandle
 
 from samlite.optim.passes import Guard, buffers_of, leaves_of, put_back, random_state, replay
 from samlite.optim.perturbation import Bucket, Snapshot, climb_, gradients_of, norm_of, shards_of
-from samlite.optim.wrapper import OPTIONS, Wrapper
+from samlite.optim.wrapper import OPTIONS, Wrapper, made
 
 Closure = Callable[[], Tensor]
-# An optimizer class, with some of its arguments perhaps.
-Base = type[Optimizer] | partial[Any]
+# An optimizer class, with some of its arguments perhaps, or an optimizer of the same weights.
+Base = type[Optimizer] | partial[Any] | Optimizer
 
 
 class SAM(Wrapper):
@@ -47,7 +47,8 @@ class SAM(Wrapper):
     loss = optimizer.step(closure)
     ```
 
-    `param_groups` and `state` are the base optimizer's own, so schedulers and checkpoints work as on any
+    The base optimizer is a class, whose arguments follow, a `functools.partial` of one, or an optimizer of the same
+    weights. `param_groups` and `state` are the base optimizer's own, so schedulers and checkpoints work as on any
     optimizer. A group may set its own `rho`, `adaptive` and `normalize`. Only the first pass may change the
     buffers of `model`, such as batch-norm statistics; without `model` both passes change them. A step whose
     first or second gradient is not finite leaves weights, state and the buffers of `model` as they were, and adds
@@ -88,19 +89,13 @@ class SAM(Wrapper):
             raise ValueError(f"m must be the number of closures that share a perturbation, >= 1, got {m!r}")
         if not (max_norm is None or 0 < max_norm < math.inf):
             raise ValueError(f"max_norm must be > 0 and finite, got {max_norm!r}")
-        kind = base_optimizer.func if isinstance(base_optimizer, partial) else base_optimizer
-        if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
-            name = type(kind).__name__
-            raise ValueError(f"base_optimizer must be an optimizer class, got a {name}; pass torch.optim.SGD")
-        if issubclass(kind, torch.optim.LBFGS):
-            raise ValueError(f"base_optimizer must step without a closure, got {kind.__name__}; use SGD or Adam")
         if not (model is None or isinstance(model, nn.Module)):
             name = type(model).__name__
             raise ValueError(f"model must be a torch.nn.Module, got a {name}; pass the network itself")
-        base: Optimizer = base_optimizer(params, **base_kwargs)
+        base = made(base_optimizer, params, base_kwargs)
         own = dict(zip(OPTIONS, (rho, adaptive, normalize), strict=True))
         if clash := sorted(own.keys() & base.defaults.keys()):
-            raise ValueError(f"base_optimizer must not have a {clash[0]}, got {kind.__name__}; use SGD or Adam")
+            raise ValueError(f"base_optimizer must not have a {clash[0]}, got {type(base).__name__}; use SGD or Adam")
         self.base_optimizer, self._snapshot = base, Snapshot()
         groups, state = base.param_groups, base.state
         super().__init__(groups, {**base.defaults, **own})  # starts with empty ones, and adds each group
@@ -175,6 +170,11 @@ class SAM(Wrapper):
         if zero_grad:
             self.zero_grad()
 
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the weights back without a step, as where the second pass has failed."""
+        self._restore()
+
     def _plain(self) -> bool:
         """Whether this is the base optimizer."""
         return not any(group["rho"] for group in self.param_groups)
@@ -184,7 +184,10 @@ class SAM(Wrapper):
         if not (closures and all(callable(c) for c in closures)):
             raise ValueError(
                 "closure must be a function that runs backward and returns the loss, or a list of them, "
-                f"got {type(closure).__name__}; to run the passes yourself use first_step and second_step"
+                f"got {type(closure).__name__}; after backward, three lines do the same: "
+                "optimizer.first_step(zero_grad=True); loss_fn(model(x), y).backward(); optimizer.second_step(). "
+                "With a GradScaler pass scaler=scaler to the optimizer, and call optimizer.step(closure) instead of "
+                "scaler.step(optimizer)"
             )
         return closures
 

@@ -153,6 +153,37 @@ class Wrapper(Optimizer):
             self._watch_loading()
 
 
+def made(base: Any, params: Any, arguments: dict[str, Any]) -> Optimizer:
+    """The base optimizer of these weights: made from its class, or as it is. Raises ValueError."""
+    kind = type(base) if isinstance(base, Optimizer) else base.func if isinstance(base, partial) else base
+    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+        name = type(kind).__name__
+        raise ValueError(f"base_optimizer must be an optimizer class, got a {name}; pass torch.optim.SGD")
+    if issubclass(kind, torch.optim.LBFGS | Wrapper):
+        raise ValueError(f"base_optimizer must step without a closure, got {kind.__name__}; use SGD or Adam")
+    if not isinstance(base, Optimizer):
+        optimizer: Optimizer = base(params, **arguments)
+        return optimizer
+    if arguments:
+        raise ValueError(f"{next(iter(arguments))} must be given to the base optimizer, which is made already")
+    groups = [group if isinstance(group, dict) else {"params": [group]} for group in params]
+    weights = [{id(weight) for weight in _listed(group["params"])} for group in groups]
+    owned = [{id(weight) for weight in group["params"]} for group in base.param_groups]
+    if set().union(*weights) != set().union(*owned):
+        raise ValueError("params must be the weights of base_optimizer, got others; pass the same to both")
+    for group, own in zip(groups, weights, strict=True):
+        options = {name: group[name] for name in OPTIONS if name in group}
+        if options and own not in owned:
+            raise ValueError(f"a group with its own {next(iter(options))} must be a group of base_optimizer, too")
+        if options:
+            base.param_groups[owned.index(own)].update(options)
+    return base
+
+
+def _listed(weights: Any) -> list[Any]:
+    return [weights] if isinstance(weights, Tensor) else list(weights)
+
+
 def _completed(optimizer: Optimizer, state_dict: dict[str, Any], remembers: Sequence[str]) -> dict[str, Any]:
     """Make a checkpoint fit for the base optimizer of a SAM.
 

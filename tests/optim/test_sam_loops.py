@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize
 
-from samlite import SAM, AgnosticSAM, FriendlySAM, SAMPa
+from samlite import SAM, AgnosticSAM, FriendlySAM, RhoScheduler, SAMPa
 
 KINDS = [SAM, FriendlySAM, AgnosticSAM, SAMPa]
 STEPS = 3
@@ -441,3 +441,68 @@ def test_modes_of_the_base_optimizer_are_passed_on() -> None:
     optimizer.train()
     assert optimizer.base_optimizer.mode == "train"
     assert not hasattr(SAM(network().parameters(), torch.optim.SGD, lr=0.1), "train")
+
+
+@pytest.mark.parametrize("kind", [SAM, FriendlySAM, SAMPa])
+def test_the_base_optimizer_may_be_an_optimizer_of_the_same_weights(kind: type[SAM]) -> None:
+    """With its state, and with the options of each group."""
+    results = []
+    for given in (False, True):
+        model = network()
+        first, *rest = model.parameters()
+        groups = [{"params": [first], "lr": 0.2, "rho": 0.3}, {"params": rest}]
+        base = torch.optim.SGD(groups if not given else [{"params": [first], "lr": 0.2}, {"params": rest}], lr=0.1,
+                               momentum=0.9)  # fmt: skip
+        if given:
+            optimizer = kind([{"params": [first], "rho": 0.3}, {"params": rest}], base, 0.1)
+            assert optimizer.base_optimizer is base
+        else:
+            optimizer = kind(groups, torch.optim.SGD, 0.1, lr=0.1, momentum=0.9)
+        for i in range(STEPS):
+            closures = [closure_on(model, i)] + ([closure_on(model, i + 1)] if kind is SAMPa else [])
+            optimizer.step(*closures)
+        results.append(weights_of(model))
+        assert [group["rho"] for group in optimizer.param_groups] == [0.3, 0.1]
+    assert torch.equal(*results)
+
+
+def test_a_schedule_of_rho_multiplies_that_of_each_group_and_resumes() -> None:
+    model = network()
+    first, *rest = model.parameters()
+    optimizer = SAM([{"params": [first], "rho": 0.4}, {"params": rest}], torch.optim.SGD, 0.1, lr=0.1)
+    schedule = RhoScheduler(optimizer, lambda step: step / 4)
+    calls = 0
+
+    def counted() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return closure_on(model, 0)()
+
+    seen = []
+    for _ in range(3):
+        optimizer.step(counted)
+        seen.append((calls, *schedule.get_last_rho()))
+        schedule.step()
+    assert seen == [(1, 0, 0), (3, 0.1, 0.025), (5, 0.2, 0.05)]  # one gradient where rho is 0
+    other = RhoScheduler(optimizer, [lambda step: step / 4, lambda step: 1.0])
+    other.load_state_dict(schedule.state_dict())
+    assert other.get_last_rho() == pytest.approx([0.3, 0.1])
+    optimizer.param_groups[0]["rho"] = torch.tensor(0.25)  # by hand, too
+    optimizer.step(counted)
+    for scheduled, factor, message in (
+        (torch.optim.SGD([first]), lambda step: 1.0, "must have groups with a rho, got SGD; use samlite.SAM"),
+        (optimizer, [lambda step: 1.0], "one of each of 2 groups, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RhoScheduler(scheduled, factor)
+
+
+def test_scaler_step_and_step_after_backward_get_the_three_lines_that_work() -> None:
+    model = network()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.randn(2, 6)).sum()).backward()
+    with pytest.raises(ValueError, match=r"first_step\(zero_grad=True\); .*; optimizer.second_step\(\)"):
+        scaler.step(optimizer)
+    with pytest.raises(ValueError, match=r"pass scaler=scaler to the optimizer"):
+        optimizer.step()
