@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import pkgutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import nn
 from samlite.batches import described, is_pair
 from samlite.curvature.stream import checked_data
 from samlite.errors import UsageError, shortened
+from samlite.named import called, resolve
 from samlite.training.config import usable_device
 from samlite.training.measurements import Subject, drawn
 from samlite.training.runs import CONFIG
@@ -160,30 +159,7 @@ def _own_loss(model: nn.Module, batch: Any) -> Any:
     return loss, (labels != _IGNORED).sum()
 
 
-def resolve(name: str, option: str) -> Any:
-    """The object that ``pkg.mod:name`` names; the current folder is on the path."""
-    module, separator, attribute = name.partition(":")
-    if not (separator and module and attribute):
-        raise UsageError(f"{option} must name an object as pkg.mod:name, got {name!r}")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        return pkgutil.resolve_name(name)
-    except ImportError as error:
-        raise UsageError(f"{option} must name an importable module, got {module!r} ({error})") from error
-    except AttributeError:
-        raise UsageError(f"{option} must name something in {module}, got {attribute!r}") from None
-    except (Exception, SystemExit) as error:  # the user's own module: whatever goes wrong in it
-        raise UsageError(f"{option}: importing {module} failed with {type(error).__name__}: {error}") from error
-
-
 def _build(name: str, option: str) -> Any:
     """The named object, or what the named function returns."""
     named = resolve(name, option)
-    if isinstance(named, nn.Module) or not callable(named):
-        return named
-    try:
-        return named()
-    except (Exception, SystemExit) as error:  # the user's own function
-        raise UsageError(f"{option}: {name} failed with {type(error).__name__}: {error}") from error
+    return named if isinstance(named, nn.Module) or not callable(named) else called(name, option)

@@ -1,5 +1,6 @@
 """Arguments and options that several commands share, and the reading of their values."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
@@ -122,6 +123,45 @@ def task_names(context: click.Context, parameter: click.Parameter, incomplete: s
 def task_argument(command: Command) -> Command:
     """The task to train on; digits if not given."""
     return click.argument("task", default="digits", shell_complete=task_names)(command)
+
+
+def own_options(command: Command) -> Command:
+    """A network, data and a loss of one's own in place of a task."""
+    text = (
+        "Your own network instead of TASK: a function of the width. --data then names a function that returns splits."
+    )
+    return _with(
+        command,
+        [
+            click.option("--model", metavar="PKG.MOD:FACTORY", help=text),
+            click.option(
+                "--loss",
+                metavar="LOSS",
+                help="With --model: cross_entropy (the default), mse, or pkg.mod:criterion of (outputs, targets).",
+            ),
+        ],
+    )
+
+
+def named_task(task: str, model: str | None, data: str | None, loss: str | None) -> tuple[str, str | None]:
+    """(The name of the task, the source of its data): of TASK, or of one's own network."""
+    if model is None:
+        if loss is not None:
+            raise UsageError(f"--loss must go with --model, got {loss}; leave it out")
+        return task, data
+    given = click.get_current_context().get_parameter_source("task")
+    if given is not click.core.ParameterSource.DEFAULT:
+        raise UsageError(f"TASK must not be given with --model, got {task}; leave one of them out")
+    if data is None:
+        raise UsageError("--model needs --data pkg.mod:splits, a function that returns (train, test), got none")
+    from samlite.tasks.own import name_of
+
+    return name_of(model, data, loss or "cross_entropy"), None
+
+
+def folder_of(task: str) -> Path:
+    """The folder in which runs of a task are by default; its name has no spaces."""
+    return Path("runs") / re.sub(r"[^\w.-]+", "-", task)
 
 
 def json_option(command: Command) -> Command:

@@ -9,7 +9,15 @@ import click
 
 from samlite.cli import options
 from samlite.cli.console import progress
-from samlite.cli.options import json_option, read_recipe, recipe_options, task_argument
+from samlite.cli.options import (
+    folder_of,
+    json_option,
+    named_task,
+    own_options,
+    read_recipe,
+    recipe_options,
+    task_argument,
+)
 from samlite.cli.report import present
 from samlite.cli.train import draw
 from samlite.errors import UsageError, shortened
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Train and measure a grid of runs, and report.")
 @task_argument
+@own_options
 @click.option("--widths", type=options.INTEGERS, required=True, help="Widths of the first layer.")
 @click.option(
     "--optimizers",
@@ -72,6 +81,8 @@ if TYPE_CHECKING:
 @json_option
 def sweep(
     task: str,
+    model: str | None,
+    loss: str | None,
     widths: tuple[int, ...],
     optimizers: tuple[str, ...] | None,
     seeds: int,
@@ -104,6 +115,7 @@ def sweep(
       samlite sweep synthetic --widths 192,1920 --optimizers adam,sam --jobs 4
       samlite sweep digits --widths 16,64 --measure eigenvalues,moments
       samlite sweep digits --widths 16,64 --label-noises 0,0.25,0.5
+      samlite sweep --model nets:resnet --data nets:splits --widths 8,16,32 --seeds 5
 
     Repeat the command to continue what was stopped and to retry what failed; what is finished is kept,
     and only what was not measured is measured.
@@ -113,6 +125,7 @@ def sweep(
     """
     from samlite import sweep as sweeps
 
+    task, data = named_task(task, model, data, loss)
     if engine == "local" and (partition or gpus):
         raise UsageError("--partition and --gpus must go with --engine slurm; leave them out")
     if gpus and device is None:
@@ -126,7 +139,7 @@ def sweep(
     swept: dict[str, Any] = {name: values or () for name, values in conditions.items()}
     cells = sweeps.grid(task, widths, optimizers or (), seeds, rhos or (), **swept, recipe=overrides, **settings)
     _check_taken(given, cells)
-    folder = out or Path("runs") / task
+    folder = out or folder_of(task)
     if engine == "slurm":
         where, most = _cluster(folder, partition, gpus, minutes), len(cells)
     else:

@@ -10,7 +10,10 @@ from rich.progress import Progress
 from samlite.cli.console import facts, metric, print_json, progress, stdout
 from samlite.cli.options import (
     MEASURES,
+    folder_of,
     json_option,
+    named_task,
+    own_options,
     process_options,
     read_recipe,
     recipe_options,
@@ -32,6 +35,7 @@ SHOWN = (  # of a result
 
 @click.command(short_help="Train one network.")
 @task_argument
+@own_options
 @run_options
 @recipe_options
 @process_options
@@ -49,6 +53,9 @@ SHOWN = (  # of a result
 @json_option
 def train(
     task: str,
+    model: str | None,
+    loss: str | None,
+    data: str | None,
     config: Path | None,
     measure: tuple[str, ...],
     out: Path | None,
@@ -64,6 +71,7 @@ def train(
       samlite train digits --width 128 --optimizer sam --rho 0.1 --seed 1
       samlite train mnist --data path/to/parquet --epochs 10 --schedule cosine
       samlite train --width 64 --momentum 0 --track 1
+      samlite train --model nets:resnet --data nets:splits --width 16 --optimizer sam
       torchrun --nproc-per-node 2 -m samlite.cli train --width 64 --optimizer sam
 
     Repeat the command to continue a run that was stopped; it ends as if it had never been. `samlite tasks
@@ -73,8 +81,9 @@ def train(
     """
     from samlite.training.config import Config
 
-    settings = Config.of(task, read_recipe(config), **choices)
-    folder = out or Path("runs") / f"{task}-{settings.name}"
+    task, source = named_task(task, model, data, loss)
+    settings = Config.of(task, read_recipe(config), data=source, **choices)
+    folder = out or folder_of(f"{task}-{settings.name}")
     from samlite import distributed
 
     click.get_current_context().with_resource(distributed.joined())

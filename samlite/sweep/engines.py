@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from samlite.documents import TEXT, check
 from samlite.errors import UsageError, missing
 from samlite.files import read_json, write_json
+from samlite.named import MODULES
 from samlite.training.config import Config
 
 COMMAND = [sys.executable, "-m", "samlite.sweep.cell"]  # runs cells
@@ -152,10 +153,11 @@ class _Worker:
     def __init__(self, folder: Path, gpu: str | None = None) -> None:
         self.folder, self.gpu, self.idle = folder, gpu, True
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed at the end of the process)
+        own = {"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {}
         with _deaf_to_ctrl_c():
             self.child = subprocess.Popen(
                 COMMAND,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else None,
+                env={**os.environ, **own, MODULES: os.environ.get(MODULES, str(Path.cwd()))},
                 cwd=folder,  # also keeps a source tree in the current folder off the path
                 stdin=subprocess.PIPE,  # closes with this process, however it ends, and takes the cell with it
                 stdout=subprocess.PIPE,
