@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from samlite.training.measurements import Subject
 
 
+_LARGE = 10_000_000  # parameters from which on memory is told beforehand
 _FIELDS = [field.name for field in fields(Asked) if field.name not in ("source", "measures")]
 
 
@@ -150,6 +151,8 @@ def _measure(asked: Asked, subject: "Subject") -> "tuple[Hessian, Eigenvalues, d
         hessian = subject.hessian(
             asked.dtype, params=asked.params, memory=asked.memory, mode=asked.mode, curvature=asked.curvature
         )
+        if hessian.shape[0] >= _LARGE:
+            click.echo(f"memory: {hessian.footprint(asked.top)}", err=True)
         eigenvalues = hessian.eigenvalues(
             asked.top,
             asked.which,

@@ -10,7 +10,16 @@ if TYPE_CHECKING:
     from samlite import integrations
     from samlite.curvature.hessian import Hessian
     from samlite.curvature.operator import Operator
-    from samlite.curvature.results import Block, Density, Eigenvalues, Estimate, Moments, Sharpness, Stability
+    from samlite.curvature.results import (
+        Block,
+        Density,
+        Eigenvalues,
+        Estimate,
+        Footprint,
+        Moments,
+        Sharpness,
+        Stability,
+    )
     from samlite.errors import UsageError
     from samlite.optim.sam import SAM
     from samlite.optim.sampa import SAMPa
@@ -25,6 +34,7 @@ __all__ = [
     "Density",
     "Eigenvalues",
     "Estimate",
+    "Footprint",
     "FriendlySAM",
     "Hessian",
     "Moments",
@@ -51,6 +61,7 @@ _HOME = {
     "Density": "samlite.curvature.results",
     "Eigenvalues": "samlite.curvature.results",
     "Estimate": "samlite.curvature.results",
+    "Footprint": "samlite.curvature.results",
     "Block": "samlite.curvature.results",
     "Sharpness": "samlite.curvature.results",
     "Stability": "samlite.curvature.results",

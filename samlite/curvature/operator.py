@@ -166,8 +166,7 @@ class Operator(Matrix):
         max_matvecs = max(1000, 10 * k) if max_matvecs is None else max_matvecs
         require(max_matvecs > k, f"max_matvecs must be > k={k}, got {max_matvecs}")
         require(basis is None or basis >= 2 * k + 2, f"basis must be >= 2k + 2 = {2 * k + 2} vectors, got {basis}")
-        if basis is None:
-            basis = min(100 + 2 * k, self.room())
+        basis = self.basis(k) if basis is None else basis
         options = compiled().Options(
             k=k,
             tol=tol,
@@ -185,6 +184,10 @@ class Operator(Matrix):
             pairs = compiled().eigenpairs(operator, options, which, method)
             exponent = operator.exponent()
         return pairs, exponent, self.work(time.perf_counter() - began)
+
+    def basis(self, k: int) -> int:
+        """How many vectors the basis of k eigenvalues has by default: fewer where they would exceed the memory."""
+        return min(100 + 2 * k, self.room())
 
     def trace(
         self,

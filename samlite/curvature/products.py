@@ -27,6 +27,7 @@ from samlite.curvature.gauss_newton import Curves, Kind
 from samlite.curvature.memory import free_bytes, parse_bytes
 from samlite.curvature.neutral import check_real
 from samlite.curvature.operator import Operator
+from samlite.curvature.results import Footprint
 from samlite.curvature.samples import Samples, Unit
 from samlite.curvature.stream import PROBE, Data, End
 from samlite.distributed import Ranks
@@ -35,6 +36,7 @@ from samlite.errors import UsageError, require
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_IN_FLIGHT = 7  # vectors that a product and its solver hold beside the basis, as measured
 Products = Literal["autograd", "finite-difference"]
 
 
@@ -107,6 +109,18 @@ class HessianProducts(Operator):
                 self._ranks.sum(sums)
                 weights = self._ranks.total(weights)
             return sums / weights
+
+    def footprint(self, k: int = 1) -> Footprint:
+        """The memory that k eigenvalues will take, after one product, which builds the graphs.
+
+        The weights themselves are there already. `memory` bounds basis and graphs; a batch's graph comes on top.
+        """
+        vector = self.shape[0] * self.params[0].element_size()
+        with self.products() as operator:
+            operator.apply(torch.zeros(self.shape[0], dtype=self.params[0].dtype, device=self.params[0].device))
+            graphs = 0 if self._differences is not None else int(operator.kept_bytes)
+        basis = min(self.shape[0], max(self.basis(k), 2 * k + 2))
+        return Footprint(basis=(basis + 1) * vector, products=_IN_FLIGHT * vector, graphs=graphs)
 
     def moment_operator(self, order: int, unit: Unit = "sample") -> MomentOperator:
         """M_order - H^order, with the interface of this one."""

@@ -180,6 +180,27 @@ class Sharpness(Result):
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """The memory that eigenvalues will take beside the weights, in bytes."""
+
+    basis: int
+    """The vectors of Lanczos."""
+    products: int
+    """What a product takes while it is computed."""
+    graphs: int
+    """The graphs that are kept from product to product."""
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.basis + self.products + self.graphs
+
+    def __str__(self) -> str:
+        parts = [f"{size / 2**30:.1f} GB {what}" for what, size in vars(self).items()]
+        return f"about {self.total / 2**30:.1f} GB beside the weights: {', '.join(parts)}"
+
+
+@dataclass(frozen=True)
 class Block:
     """The curvature of one layer: the diagonal block of its own parameters."""
 

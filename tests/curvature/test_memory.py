@@ -1,5 +1,7 @@
 """Sizes of memory: as they are asked for, and of graphs."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,40 @@ def test_a_limit_on_a_group_of_processes_is_known(tmp_path: Path, version: int) 
     if version == 2:
         (tmp_path / limit).write_text("max\n")
         assert free_in_group(tmp_path) == 2**62
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_the_memory_of_eigenvalues_is_told_beforehand() -> None:
+    """Of a network whose vectors take 40 MB, in a process of its own."""
+    script = """
+import threading, time
+import torch
+from torch import nn
+from samlite import Hessian
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+model = nn.Sequential(nn.Linear(1000, 2500), nn.Tanh(), nn.Linear(2500, 2500), nn.Tanh(), nn.Linear(2500, 10))
+data = torch.randn(64, 1000), torch.randint(0, 10, (64,))
+before, peak = resident(), 0
+hessian = Hessian(model, nn.CrossEntropyLoss(), data, memory="400MB")
+told = hessian.footprint(1)
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, resident())
+        time.sleep(0.001)
+
+threading.Thread(target=watch, daemon=True).start()
+hessian.eigenvalues(1)
+print(told.total, peak - before)
+print(told)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    numbers, line = done.stdout.splitlines()
+    told, taken = map(int, numbers.split())
+    assert 0.6 * told <= taken <= 1.1 * told  # what a product takes depends on what autograd frees when
+    assert line.startswith("about ") and "basis" in line and "graphs" in line
