@@ -122,9 +122,11 @@ Tensor powers(const std::shared_ptr<SampleHessians>& graph, const Tensor& v, int
 }
 
 std::shared_ptr<Site> make_site(std::optional<Tensor> a, std::optional<Tensor> eta, const Tensor& z,
-                                const std::tuple<int64_t, int64_t, int64_t, int64_t>& layout) {
+                                const std::tuple<int64_t, int64_t, int64_t, int64_t>& layout,
+                                std::optional<Tensor> places) {
   const auto& [dim, outer, n, inner] = layout;
-  return std::make_shared<Site>(std::move(a), std::move(eta), z, Layout{dim, outer, n, inner});
+  return std::make_shared<Site>(std::move(a), std::move(eta), z,
+                                Layout{dim, outer, n, inner, places.value_or(Tensor())});
 }
 
 template <class Class>
@@ -207,7 +209,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Embedding, Use, std::shared_ptr<Embedding>>(m, "Embedding")
       .def(py::init<View, int64_t>(), py::arg("view"), py::arg("padding_row") = -1);
   py::class_<Site, std::shared_ptr<Site>>(m, "Site")
-      .def(py::init(&make_site), py::arg("a"), py::arg("eta"), py::arg("z"), py::arg("layout"))
+      .def(py::init(&make_site), py::arg("a"), py::arg("eta"), py::arg("z"), py::arg("layout"),
+           py::arg("places") = py::none())
       .def("add", &Site::add, py::arg("use"));
   py::class_<SampleHessians, std::shared_ptr<SampleHessians>>(m, "SampleHessians")
       .def("__call__", torch::wrap_pybind_function_no_gil(powers), py::arg("v"), py::arg("order"))

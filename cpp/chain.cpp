@@ -32,6 +32,15 @@ Tensor per_sample(const Tensor& scale, int64_t dim) {
 }  // namespace
 
 Tensor Layout::first(const Tensor& t) const {
+  if (places.defined()) {
+    const Tensor rows = t.movedim(dim, 0);
+    auto shape = rows.sizes().vec();
+    shape[0] = n * inner;
+    const Tensor padded = at::zeros(shape, t.options()).index_copy_(0, places, rows);
+    shape[0] = inner;
+    shape.insert(shape.begin(), n);
+    return padded.view(shape);
+  }
   if (outer == 1 && inner == 1) return t.movedim(dim, 0);
   auto shape = t.sizes().vec();
   shape.erase(shape.begin() + dim);
@@ -40,6 +49,7 @@ Tensor Layout::first(const Tensor& t) const {
 }
 
 Tensor Layout::back(const Tensor& t, const Tensor& like) const {
+  if (places.defined()) return t.flatten(0, 1).index_select(0, places).movedim(0, dim);
   return outer == 1 && inner == 1 ? t.movedim(0, dim) : t.movedim(0, dim + 1).reshape(like.sizes());
 }
 

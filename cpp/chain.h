@@ -13,10 +13,12 @@
 
 namespace samlite {
 
-// Where the samples are in a tensor: dimension `dim` has the size outer * n * inner.
+// Where the samples are in a tensor: dimension `dim` has the size outer * n * inner. Where they have unequal numbers of
+// rows there, as the nodes of graphs, each gets `inner` of them, zeros behind its own.
 struct Layout {
   int64_t dim = 0, outer = 1, n = 1, inner = 1;
-  Tensor first(const Tensor& t) const;                     // -> (n, ..., outer, inner, ...), ones left out
+  Tensor places = {};                   // of unequal rows: (rows,), the place of each in (n * inner,); else not defined
+  Tensor first(const Tensor& t) const;  // -> (n, ..., outer, inner, ...), ones left out
   Tensor back(const Tensor& t, const Tensor& like) const;  // -> as it was
 };
 

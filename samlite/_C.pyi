@@ -113,7 +113,14 @@ class Embedding(Use):
     def __init__(self, view: View, padding_row: int = -1) -> None: ...
 
 class Site:
-    def __init__(self, a: Tensor | None, eta: Tensor | None, z: Tensor, layout: tuple[int, int, int, int]) -> None: ...
+    def __init__(
+        self,
+        a: Tensor | None,
+        eta: Tensor | None,
+        z: Tensor,
+        layout: tuple[int, int, int, int],
+        places: Tensor | None = None,
+    ) -> None: ...
     def add(self, use: Use) -> None: ...
 
 class SampleHessians:

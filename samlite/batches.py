@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -56,9 +57,14 @@ def rows(batch: Any, index: slice | list[int]) -> Any:
             return part
         raise UsageError(f"a batch must hold tensors with one row a sample to be cut, got {described(part)}")
 
-    if _graphs(batch) is not None:
-        raise UsageError(f"a batch must hold tensors with one row a sample to be cut, got {described(batch)}")
-    return mapped(cut, batch)
+    if (graphs := _graphs(batch)) is not None:
+        chosen = index if isinstance(index, list) else range(graphs)[index]
+        return type(batch).from_data_list([batch.get_example(i) for i in chosen])
+    opened = _opened(batch)
+    if opened is None:
+        return cut(batch)
+    parts, closed = opened
+    return closed([rows(part, index) for part in parts])
 
 
 def samples(batch: Any) -> int:
@@ -90,8 +96,34 @@ def placed(batch: Any, like: Tensor) -> Any:
 
 
 def form(batch: Any) -> Form:
-    """What batches that are alike but for their number of samples have in common."""
+    """What batches that are alike but for their number of samples, or of nodes and edges, have in common."""
+    if owners(batch):
+        return tuple((tensor.dim(),) for tensor in tensors(batch))
     return tuple(tuple(tensor.shape[1:]) for tensor in tensors(batch))
+
+
+def owners(batch: Any) -> dict[str, Tensor]:
+    """Of a batch with graphs the graph of each node and of each edge, as layers have them: with and without loops."""
+    found = _batch_of_graphs(batch)
+    if found is None or getattr(found, "batch", None) is None or getattr(found, "edge_index", None) is None:
+        return {}
+    nodes, (source, target) = found.batch, found.edge_index
+    edges, proper = nodes[source], nodes[source[source != target]]
+    return {
+        "nodes": nodes,
+        "edges": edges,
+        "edges but loops": proper,
+        "edges and loops": torch.cat([edges, nodes]),
+        "edges with loops anew": torch.cat([proper, nodes]),
+    }
+
+
+def _batch_of_graphs(batch: Any) -> Any:
+    if _graphs(batch) is not None:
+        return batch
+    opened = _opened(batch)
+    found = (_batch_of_graphs(part) for part in opened[0]) if opened else ()
+    return next((part for part in found if part is not None), None)
 
 
 def described(value: Any) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from samlite.batches import Form, form, leaves, mapped, rows, samples
+from samlite.batches import Form, form, leaves, mapped, owners, placed, rows, samples
 from samlite.curvature.capture.plan import Plan, Scaled, Seen, UncoveredError, find_plan, find_scaled
 from samlite.curvature.capture.recorder import Capture
 from samlite.curvature.function import Losses
@@ -60,15 +60,25 @@ class Samples:
         self._lift = False  # every parameter, rules or not
         if unit == "sample":
             self._plan()
-        self._exponent = 0
-        self.operator = self._moments(memory, sum)
+        try:
+            self.operator = self._prepared(memory, sum)
+        except UncoveredError as reason:  # of a batch that is unlike the few samples that were looked at
+            self._plans, self.fallback = {}, str(reason)
+            self._warn("every sample is measured by itself")
+            self.operator = self._prepared(memory, sum)
+
+    def _prepared(self, memory: int, sum: Callable[[Tensor], None] | None) -> Any:
+        """The compiled moments, with the losses at a suitable scale."""
+        losses, self._exponent = self._losses, 0
+        operator = self._moments(memory, sum)
         if self._plans and losses.divisible:
             losses.fit(self._step_bytes, memory)
         else:  # also forgets the probes
-            losses.cut(losses.chunk, single=unit == "sample" and not self._plans)
-        while (exponent := self.operator.suitable_exponent()) != self._exponent:
+            losses.cut(losses.chunk, single=self._unit == "sample" and not self._plans)
+        while (exponent := operator.suitable_exponent()) != self._exponent:
             self._exponent = exponent
-            self.operator = self._moments(memory, sum)
+            operator = self._moments(memory, sum)
+        return operator
 
     def _plan(self) -> None:
         """Choose how samples are taken apart, and warn where that is slow."""
@@ -85,7 +95,10 @@ class Samples:
             for _, few in self._forms():
                 self._check_apart(few)
             way = "every sample is measured by itself"
-        warnings.warn(f"no per-sample rule for {self.fallback}: {way}, exactly but slowly", stacklevel=6)
+        self._warn(way)
+
+    def _warn(self, way: str) -> None:
+        warnings.warn(f"no per-sample rule for {self.fallback}: {way}, exactly but slowly", stacklevel=7)
 
     def _moments(self, memory: int, sum: Callable[[Tensor], None] | None) -> Any:
         """The compiled moments, of losses over 2^exponent."""
@@ -166,7 +179,13 @@ class Samples:
             )
 
     def _seen(self, batch: Any, scaled: list[Scaled] | None = None) -> Seen:
-        capture = Capture(self._losses.parameters, samples(batch), scaled, lift=self._lift)
+        capture = Capture(
+            self._losses.parameters,
+            samples(batch),
+            scaled,
+            lift=self._lift,
+            owners=owners(placed(batch, self._losses.parameters[0])),
+        )
         self._losses.forget()
         with torch.no_grad():
             self._losses.total(batch, capture)
@@ -192,7 +211,8 @@ def _chain(
     c: ModuleType, curves: Curves, batch: Any, plan: Plan, exponent: int = 0, lift: bool = False
 ) -> tuple[Any, Tensor, float]:
     count, params = samples(batch), curves.losses.parameters
-    capture = Capture(params, count, plan=plan, taps=curves.kind == "hessian", lift=lift)
+    unequal = owners(placed(batch, params[0]))
+    capture = Capture(params, count, plan=plan, taps=curves.kind == "hessian", lift=lift, owners=unequal)
     total, weight, outputs, leaves = curves.total(batch, capture)
     with torch.enable_grad():
         scaled = total * 2.0**-exponent if exponent else total
@@ -242,9 +262,17 @@ def _holds_packed(batch: Any) -> bool:
 def _changed(batch: Any, j: int) -> Any:
     """The batch with sample j replaced by its neighbour, its numbers scaled."""
 
+    of_rows = owners(batch)
+
     def changed(part: Any) -> Any:
         if not isinstance(part, Tensor) or part.dim() == 0:
             return part
+        if of_rows:  # graphs keep their edges; what floats of a node, an edge or a graph changes
+            kinds = [kind for kind in of_rows.values() if len(kind) == len(part)]
+            owner = kinds[0] if kinds else torch.arange(len(part), device=part.device)
+            if not part.is_floating_point() or (not kinds and len(part) != samples(batch)):
+                return part
+            return torch.where((owner == j).view(-1, *[1] * (part.dim() - 1)), 1.37 * part + 0.1, part)
         other = part.clone()
         other[j] = part[(j + 1) % len(part)]
         if part.is_floating_point():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_EVEN = ("alone", "inner", "outer")
 Layout = tuple[int, int, int, int]  # dimension of the samples, and its size as outer * samples * inner
 
 
@@ -46,13 +48,16 @@ class Seen:
     samples: int
     calls: list[Call]
     probes: list[Probe]
+    owners: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of a batch with graphs, the sample of each of its rows, by what rows are: see `batches.owners`."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """Where samples are in each call, and in each tensor that was probed.
 
-    The place of a tensor is a dimension, and "alone" in it, or with positions "inner" or "outer"; None for constants.
+    The place of a tensor is a dimension, and "alone" in it, or with positions "inner" or "outer", or what its rows may
+    be (see `batches.owners`), with commas; None for constants.
     """
 
     scaled: list[Scaled]
@@ -65,12 +70,25 @@ class Plan:
         if (place := self.places[probe]) is None:
             return None
         dim, kind = place
+        if kind not in _EVEN:
+            return dim, 1, samples, 0
         others, rest = divmod(value.shape[dim] if dim < value.dim() else 1, samples)
         if rest or (kind == "alone" and others != 1):
             raise UncoveredError(
                 f"a layer whose input of shape {tuple(value.shape)} does not show its {samples} samples"
             )
         return (dim, 1, samples, others) if kind == "inner" else (dim, others, samples, 1)
+
+    def owner(self, probe: int, value: Tensor, owners: Mapping[str, Tensor]) -> Tensor | None:
+        """The sample of each row of a tensor of which samples have unequal numbers; None of another one."""
+        place = self.places[probe] if probe < len(self.places) else None
+        if place is None or place[1] in _EVEN:
+            return None
+        size = value.shape[place[0]]
+        fitting = [owners[kind] for kind in place[1].split(", ") if len(owners.get(kind, ())) == size]
+        if not fitting or any(not torch.equal(fitting[0], other) for other in fitting):
+            raise UncoveredError(f"a layer on shape {tuple(value.shape)} whose rows are not told to be {place[1]}")
+        return fitting[0]
 
     def suits(self, seen: Seen) -> bool:
         """Whether this is a plan of another pass, by its sites and their shapes."""
@@ -142,6 +160,9 @@ def find_plan(scaled: list[Scaled], base: Seen, fewer: Seen, changed: list[Seen]
             places.append(None)
             continue
         dim = _grown(tuple(probe.value.shape), tuple(fewer.probes[i].value.shape), (base.samples, fewer.samples))
+        if base.owners and (place := _unequal(i, base, fewer, touched)) is not None:
+            places.append(place)
+            continue
         if dim is None or dim == AMBIGUOUS:
             raise UncoveredError(f"{name} that does not grow with the number of samples")
         kinds = ("alone",) if probe.value.shape[dim] == base.samples else ("inner", "outer")
@@ -150,6 +171,22 @@ def find_plan(scaled: list[Scaled], base: Seen, fewer: Seen, changed: list[Seen]
             raise UncoveredError(f"{name} whose samples are not apart")
         places.append(fitting[0])
     return Plan(scaled, places)
+
+
+def _unequal(i: int, base: Seen, fewer: Seen, touched: list[Tensor]) -> tuple[int, str] | None:
+    """The place of a tensor whose rows belong to samples in unequal numbers."""
+    more, less = base.probes[i].value.shape, fewer.probes[i].value.shape
+    dims = [d for d, (a, b) in enumerate(zip(more, less, strict=False)) if a != b]
+    if len(more) != len(less) or len(dims) != 1:
+        return None
+    fitting = [
+        kind
+        for kind, owner in base.owners.items()
+        if len(owner) == more[dims[0]]
+        and len(fewer.owners[kind]) == less[dims[0]]
+        and not any(bool(mask.movedim(dims[0], 0)[owner != j].any()) for j, mask in enumerate(touched))
+    ]
+    return (dims[0], ", ".join(fitting)) if fitting else None
 
 
 def _fits(dim: int, kind: str, touched: list[Tensor]) -> bool:

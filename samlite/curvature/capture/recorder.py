@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ class Capture(TorchFunctionMode):
         plan: where the samples are, as `find_plan` gives it; None only records `probes`.
         taps: whether the derivatives of inputs will be wanted; Gauss-Newton matrices have none.
         lift: lift every parameter, rules or not.
+        owners: of a batch with graphs, the sample of each of its rows, as `batches.owners` gives it.
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class Capture(TorchFunctionMode):
         plan: Plan | None = None,
         taps: bool = True,
         lift: bool = False,
+        owners: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.taps = taps
         self.samples = samples
         self.fixed = not (scaled is None and plan is None)
         self.sites: list[Any] = []
+        self._owners = owners or {}
         self._scaled, self._plan, self._lift_all = plan.scaled if plan else scaled, plan, lift
         self._calls: list[Call] = []
         self._probes: list[Probe] = []
@@ -122,7 +125,7 @@ class Capture(TorchFunctionMode):
     @property
     def seen(self) -> Seen:
         """What was seen of the pass, without a plan."""
-        return Seen(self.samples, self._calls, self._probes)
+        return Seen(self.samples, self._calls, self._probes, self._owners)
 
     def grows(self, tensor: Any) -> int | None:
         """The dimension of an argument of the present call that grows with the number of samples."""
@@ -187,11 +190,24 @@ class Capture(TorchFunctionMode):
         if self._plan is None:
             self._probes.append(Probe(shown.detach().clone()))
             return _followed(z)
-        return self._site(z, uses, a, eta, self._layout(shown))
+        owner = self._plan.owner(self._probed, shown, self._owners)
+        layout = self._layout(shown)
+        if owner is None or layout is None:
+            return self._site(z, uses, a, eta, layout)
+        most, places = _places(owner, self.samples)
+        return self._site(z, uses, a, eta, (layout[0], 1, self.samples, most), places)
 
-    def _site(self, z: Tensor, uses: list[Any], a: Tensor | None, eta: Tensor | None, layout: Layout | None) -> Tensor:
+    def _site(
+        self,
+        z: Tensor,
+        uses: list[Any],
+        a: Tensor | None,
+        eta: Tensor | None,
+        layout: Layout | None,
+        places: Tensor | None = None,
+    ) -> Tensor:
         z = _followed(z)
-        site = self._c.Site(a, eta, z, layout)
+        site = self._c.Site(a, eta, z, layout, places)
         for use in uses:
             site.add(use)
         self.sites.append(site)
@@ -296,6 +312,17 @@ class Capture(TorchFunctionMode):
                 return tree_flatten(torch.vmap(one, in_dims=tuple(dims))(*parts))[0]
         except (RuntimeError, ValueError, TypeError, IndexError) as error:  # what vmap cannot do
             raise UncoveredError(_name(func)) from error
+
+
+def _places(owner: Tensor, samples: int) -> tuple[int, Tensor]:
+    """(The most rows that a sample has, the place of each row where every sample has so many)."""
+    counts = torch.bincount(owner, minlength=samples)
+    most = int(counts.max())
+    order = owner.argsort(stable=True)
+    within = torch.empty_like(owner)
+    starts = counts.cumsum(0) - counts
+    within[order] = torch.arange(len(owner), device=owner.device) - starts[owner[order]]
+    return most, owner * most + within
 
 
 def _followed(z: Tensor) -> Tensor:
