@@ -1,6 +1,7 @@
 """Per-sample Hessian chains, against dense per-sample Hessians in float64."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import Waits
 from models import CASES, WHOLE, prepared
 from oracles import dense_gauss_newton, dense_hessian, dense_hessians, largest, moment
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from samlite import Hessian
 
@@ -308,6 +310,53 @@ def test_moments_on_a_gpu_equal_those_on_the_cpu(name):
     right = hessian.moment_operator(3) @ v
     found = Hessian(model.cuda(), nn.CrossEntropyLoss(), (x, y)).moment_operator(3) @ v
     assert (found.cpu() - right).norm() <= ROUNDING * right.norm()
+
+
+class Packing(nn.Module):
+    """Packs what it gets, and reads the last states and what the outputs sum to."""
+
+    def __init__(self, kind: type[nn.Module], **settings: Any) -> None:
+        super().__init__()
+        self.inner = kind(4, 3, batch_first=True, **settings)
+        self.head = nn.Linear(3 * (2 if self.inner.bidirectional else 1), 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        outputs, last = self.inner(packed)
+        last = last[0] if isinstance(last, tuple) else last
+        sums = pad_packed_sequence(outputs, batch_first=True)[0].sum(1)
+        return self.head(sums + last[: 2 if self.inner.bidirectional else 1].transpose(0, 1).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Packing(nn.LSTM),
+        lambda: Packing(nn.LSTM, num_layers=2, bidirectional=True),
+        lambda: Packing(nn.GRU, bidirectional=True),
+        lambda: Packing(nn.RNN, bias=False),
+    ],
+)
+def test_samples_are_told_apart_in_sequences_that_the_network_packs(make):
+    model = make()
+    x, lengths, y = torch.randn(6, 5, 4), torch.tensor([3, 2, 5, 1, 3, 2]), torch.arange(6) % 3
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch["x"], batch["n"]), batch["y"])
+
+    batch = {"x": x, "n": lengths, "y": y}
+    hessians = torch.stack(
+        [
+            dense_hessian(model, lambda m, i=i: F.cross_entropy(m(x[i : i + 1], lengths[i : i + 1]), y[i : i + 1]))
+            for i in range(6)
+        ]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no fallback
+        hessian = Hessian(model, loss, [batch])
+        v = torch.randn(hessian.shape[0])
+        right = (moment(hessians, 2) - torch.linalg.matrix_power(hessians.mean(0), 2)) @ v
+        assert (hessian.moment_operator(2) @ v - right).norm() <= ROUNDING * right.norm()
 
 
 def test_packed_sequences_are_refused_by_name_and_leave_the_other_sharpnesses():

@@ -583,36 +583,6 @@ def test_an_encoder_with_a_padding_mask_is_measured_layer_by_layer() -> None:
         assert close(top(model, data=(x, y), params=name), truth)
 
 
-def test_an_lstm_that_packs_inside_is_measured_sample_by_sample() -> None:
-    class Packing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm, self.head = nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 3)
-
-        def forward(self, batch: dict[str, Tensor]) -> Tensor:
-            packed = nn.utils.rnn.pack_padded_sequence(
-                batch["x"], batch["n"].cpu(), batch_first=True, enforce_sorted=False
-            )
-            return self.head(self.lstm(packed)[1][0][0])
-
-    torch.manual_seed(0)
-    model = Packing().double()
-    batch = {"x": torch.randn(5, 3, 4).double(), "n": torch.tensor([3, 2, 1, 3, 2]), "y": torch.arange(5) % 3}
-
-    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return CE(model(batch), batch["y"])
-
-    with pytest.warns(UserWarning, match="lstm of a packed sequence"):
-        moments = Hessian(model, loss, [batch]).moments(2, tol=1e-9)
-    truth = []
-    for i in range(5):
-        one = {key: value[i : i + 1] for key, value in batch.items()}
-        truth.append(dense_hessian(model, lambda f, one=one: CE(f(one), one["y"])))
-    stack = torch.stack(truth)
-    spread = (stack @ stack).mean(0) - stack.mean(0) @ stack.mean(0)
-    assert moments.powers[2] == pytest.approx(float(torch.linalg.eigvalsh(spread)[-1]), rel=1e-7)
-
-
 # --- Operations of somebody's own
 
 

@@ -85,6 +85,8 @@ class Capture(TorchFunctionMode):
         self._now: tuple[list[Any], Scaled] = ([], Scaled([], []))  # the arguments of the call, and what grows in it
         # By id: a tensor computed from parameters alone, and the same of each sample's own copies of them.
         self._derived: dict[int, tuple[Tensor, Tensor | None]] = {}
+        # By id: a tensor whose samples were put in another order, or one of a packed sequence; the sample of each row.
+        self.rows: dict[int, tuple[Tensor, Tensor]] = {}
         self._params = params
         # The parameters in a storage, with their places there: several may be parts of one vector.
         self._where: dict[int, list[tuple[int, int, int]]] = {}
@@ -184,8 +186,21 @@ class Capture(TorchFunctionMode):
         tapped, eta = self._c.tap(a)
         return tapped, eta
 
-    def site(self, z: Tensor, uses: list[Any], a: Tensor | None = None, eta: Tensor | None = None) -> Tensor:
-        """Records z = uses . a, with the samples where they are in a. Returns z."""
+    def site(
+        self,
+        z: Tensor,
+        uses: list[Any],
+        a: Tensor | None = None,
+        eta: Tensor | None = None,
+        owner: Tensor | None = None,
+    ) -> Tensor:
+        """Records z = uses . a, with the samples where they are in a. Returns z.
+
+        Args:
+            owner: the sample of each row, where that is known.
+        """
+        if owner is not None:
+            return self._site_of_rows(z, uses, a, eta, 0, owner) if self._plan else _followed(z)
         shown = z if a is None else a
         if self._plan is None:
             self._probes.append(Probe(shown.detach().clone()))
@@ -194,8 +209,13 @@ class Capture(TorchFunctionMode):
         layout = self._layout(shown)
         if owner is None or layout is None:
             return self._site(z, uses, a, eta, layout)
+        return self._site_of_rows(z, uses, a, eta, layout[0], owner)
+
+    def _site_of_rows(
+        self, z: Tensor, uses: list[Any], a: Tensor | None, eta: Tensor | None, dim: int, owner: Tensor
+    ) -> Tensor:
         most, places = _places(owner, self.samples)
-        return self._site(z, uses, a, eta, (layout[0], 1, self.samples, most), places)
+        return self._site(z, uses, a, eta, (dim, 1, self.samples, most), places)
 
     def _site(
         self,
