@@ -70,7 +70,7 @@ void Factorisation::begin(const Tensor& start, int64_t locked, MatVec product, s
   hypotheses_ = std::move(hypotheses);
   V[locked_].copy_(start);
   orthonormalise_row(locked_);
-  size_ = looked_ = 0;
+  size_ = looked_ = arrow_ = 0;
 }
 
 // One product and its orthogonalisation; nothing here waits for the device.
@@ -78,13 +78,18 @@ void Factorisation::step() {
   const int64_t row = locked_ + size_;
   const Tensor B = V.narrow(0, 0, row + 1);
   const Tensor w = product_(V[row]);
-  Tensor h = B.mv(w);
-  Tensor q = at::addmv(w, B.t(), h, 1, -1);
-  const Tensor correction = B.mv(q);
-  q.addmv_(B.t(), correction, 1, -1);
+  // Twice is enough, and the first pass needs only those rows that H v_j has large parts along: the last two, or behind
+  // a restart, which leaves an arrow, all of them.
+  const int64_t rows = size_ == arrow_ ? row + 1 : std::min<int64_t>(row + 1, 2);
+  const Tensor N = V.narrow(0, row + 1 - rows, rows);
+  const Tensor large = N.mv(w);
+  Tensor q = at::addmv(w, N.t(), large, 1, -1);
+  Tensor h = B.mv(q);
+  q.addmv_(B.t(), h, 1, -1);
+  h.narrow(0, row + 1 - rows, rows).add_(large);
   // All coefficients are kept, not only the two of the three-term recurrence: after a restart T is an arrow,
   // and with locked vectors the upper rows hold the coupling to them.
-  H_.select(1, row).narrow(0, 0, row + 1).copy_(h.add_(correction));
+  H_.select(1, row).narrow(0, 0, row + 1).copy_(h);
   const Tensor norm = at::linalg_vector_norm(q);
   beta_[row].copy_(norm);
   Tensor next = V[row + 1];
@@ -139,7 +144,7 @@ void Factorisation::restart(int64_t keep) {
   H_.narrow(0, 0, locked_).narrow(1, locked_, keep).copy_(coupling);
   H_.diagonal().narrow(0, locked_, keep).copy_(to_tensor(head(ritz_.values, keep), H_.options()));
   for (auto& hypothesis : hypotheses_) hypothesis.rotate(S);
-  size_ = looked_ = keep;
+  size_ = looked_ = arrow_ = keep;
 }
 
 // A step rarely gains more than a factor of 30, so looks that far apart waste few steps.
@@ -172,7 +177,8 @@ Krylov krylov(CountedMatVec& apply, const Tensor& start, int64_t steps) {
     const Tensor B = V.narrow(0, 0, j + 1);
     Tensor w = apply(V[j]);
     alpha[j].copy_(w.dot(V[j]));
-    for (int64_t pass = 0; pass < 2; ++pass) w = at::addmv(w, B.t(), B.mv(w), 1, -1);
+    const Tensor N = V.narrow(0, std::max<int64_t>(j - 1, 0), std::min<int64_t>(j + 1, 2));  // all that is large
+    for (const Tensor& rows : {N, B}) w = at::addmv(w, rows.t(), rows.mv(w), 1, -1);
     const Tensor norm = at::linalg_vector_norm(w);
     beta[j].copy_(norm);
     q = w / norm;

@@ -1,6 +1,7 @@
-// Krylov spaces of a symmetric operator: the Lanczos factorisation H V^T = V^T T + beta q e^T with two-pass
-// reorthogonalisation at every step, and its thick restarts (Wu and Simon, "Thick-restart Lanczos method for large
-// symmetric eigenvalue problems", SIAM J. Matrix Anal., 2000).
+// Krylov spaces of a symmetric operator: the Lanczos factorisation H V^T = V^T T + beta q e^T with reorthogonalisation
+// in two passes at every step, and its thick restarts (Wu and Simon, "Thick-restart Lanczos method for large symmetric
+// eigenvalue problems", SIAM J. Matrix Anal., 2000). The first pass is over the rows of the recurrence alone: of many
+// parameters, reading the basis costs more than a product.
 #pragma once
 
 #include "ritz.h"
@@ -81,7 +82,7 @@ class Factorisation {
   Tensor H_;     // (rows, rows) float64: column j holds V (H v_j), so T is its lower right block
   Tensor beta_;  // (rows,) float64: norm of what orthogonalisation left of H v_j
 
-  int64_t locked_ = 0, size_ = 0, looked_ = 0, restarts_ = 0;
+  int64_t locked_ = 0, size_ = 0, looked_ = 0, arrow_ = 0, restarts_ = 0;
   double norm_ = 0;
   bool broke_down_ = false;
   Tensor coefficients_;  // H_ on the host, as of the last look
