@@ -29,6 +29,7 @@ class Asked:
     unit: Any
     figure: Path | None
     curvature: Any
+    products: Any
     params: str | None
     mode: Any
     dtype: Any
@@ -53,6 +54,7 @@ class Asked:
     def kept(self) -> bool:
         """Whether the measurement is that of the run, and exact enough to keep."""
         whole = self.which == "LA" and self.params is None and self.samples is None and self.mode == "eval"
+        whole = whole and self.products == "autograd"
         return self.of_run and whole and self.tol <= 1e-3
 
     def check(self) -> None:

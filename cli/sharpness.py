@@ -55,6 +55,13 @@ _FIELDS = [field.name for field in fields(Asked) if field.name not in ("source",
     show_default=True,
     help="The Hessian, or its Gauss-Newton part, which has no negative eigenvalues.",
 )
+@click.option(
+    "--products",
+    type=click.Choice(["autograd", "finite-difference"]),
+    default="autograd",
+    show_default=True,
+    help="Exact, or by differences of the gradient, for operations without a second derivative.",
+)
 @click.option("--params", metavar="GLOB", help="Only parameters of this name, such as 'layer3.*'.")
 @click.option(
     "--mode",
@@ -149,7 +156,12 @@ def _measure(asked: Asked, subject: "Subject") -> "tuple[Hessian, Eigenvalues, d
             bar.update(work, completed=products, description=f"products, {name}; error {error:.2g} of what is allowed")
 
         hessian = subject.hessian(
-            asked.dtype, params=asked.params, memory=asked.memory, mode=asked.mode, curvature=asked.curvature
+            asked.dtype,
+            params=asked.params,
+            memory=asked.memory,
+            mode=asked.mode,
+            curvature=asked.curvature,
+            products=asked.products,
         )
         if hessian.shape[0] >= _LARGE:
             click.echo(f"memory: {hessian.footprint(asked.top)}", err=True)
