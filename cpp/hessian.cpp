@@ -20,15 +20,17 @@ std::pair<std::vector<Tensor>, std::vector<size_t>> differentiable(const std::ve
   return result;
 }
 
-std::vector<Tensor> selected(const std::vector<Tensor>& tensors, const std::vector<size_t>& index) {
+// Some of the parts of a vector, each on the device of its parameter: a network may be spread over several.
+std::vector<Tensor> selected(const std::vector<Tensor>& parts, const std::vector<size_t>& index,
+                             const std::vector<Tensor>& params) {
   std::vector<Tensor> result;
-  for (const auto i : index) result.push_back(tensors[i]);
+  for (const auto i : index) result.push_back(parts[i].to(params[i].device()));
   return result;
 }
 
 void add(const std::vector<Tensor>& terms, std::vector<Tensor>& sums) {
   for (size_t i = 0; i < sums.size(); ++i)
-    if (terms[i].defined()) sums[i].add_(terms[i]);
+    if (terms[i].defined()) sums[i].add_(terms[i].to(sums[i].device()));
 }
 
 }  // namespace
@@ -43,7 +45,7 @@ Gradient::Gradient(const Tensor& loss, std::vector<Tensor> params) : params_(std
 
 // d(g . v)/dw: reverse mode over the graph of the gradient.
 void Gradient::add_product(const std::vector<Tensor>& v, std::vector<Tensor>& out) const {
-  add(pull_back(gradients_, selected(v, index_), gradient_edges(params_)), out);
+  add(pull_back(gradients_, selected(v, index_, params_), gradient_edges(params_)), out);
 }
 
 Outputs::Outputs(const Tensor& loss, std::vector<Tensor> z, std::vector<Tensor> cuts)
@@ -86,7 +88,7 @@ GaussNewton::GaussNewton(const Tensor& loss, std::vector<Tensor> z, std::vector<
 }
 
 void GaussNewton::add_product(const std::vector<Tensor>& v, std::vector<Tensor>& out) const {
-  const auto along = pull_back(transposed_, selected(v, index_), gradient_edges(outputs_.u()));
+  const auto along = pull_back(transposed_, selected(v, index_, params_), gradient_edges(outputs_.u()));
   add(pull_back(outputs_.z(), outputs_.curve(along), gradient_edges(params_)), out);
 }
 

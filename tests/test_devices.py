@@ -123,6 +123,30 @@ def batches(device: str) -> list[float]:
     return list(found.powers.values())
 
 
+class Spread(nn.Module):
+    """Half of it on another device, which passes what it computes on; the output comes back."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 5).to(device), nn.Linear(5, 3)
+        self.device = device
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x.to(self.device)))
+        return self.second(h.to(self.second.weight.device)).to(x.device)
+
+
+def spread(device: str) -> list[float]:
+    """A network on two devices; vectors are on the first parameter's."""
+    torch.manual_seed(0)
+    model = Spread("cpu").double()
+    model.first.to(device)
+    model.device = device
+    h = Hessian(model, nn.CrossEntropyLoss(), (torch.randn(12, 3).double(), torch.arange(12) % 3), memory="1GB")
+    g = Hessian(model, nn.CrossEntropyLoss(), h._data, memory="1GB", curvature="ggn")
+    return numbers(h.eigenvalues(3, tol=1e-9).values, g.eigenvalues(3, tol=1e-9).values, h.gradient())
+
+
 def measured(measure: Callable[[Hessian], list[float]], **options: Any) -> Check:
     return lambda device: measure(hessian("MLP", device, **options))
 
@@ -137,6 +161,7 @@ CHECKS: dict[str, Check] = {
     **{f"H v, {name}": lambda device, name=name: product(name, 1, device) for name in MODELS},
     **{CHAINS[i]: lambda device, name=name: product(name, 3, device) for i, name in enumerate(MODELS)},
     **{which: measured(lambda h, which=which: numbers(h.eigenvalues(3, which, tol=1e-9).values)) for which in WHICH},
+    "two devices": spread,
     "power iteration": measured(lambda h: numbers(h.eigenvalues(1, method="power", tol=1e-4).values)),
     "eigenvectors": measured(lambda h: numbers(h.eigenvalues(2, tol=1e-9, vectors=True).vectors.abs())),
     "H v, weight norm": lambda device: numbers(normalized(device) @ torch.ones(15, dtype=torch.float64, device=device)),

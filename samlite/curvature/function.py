@@ -110,14 +110,16 @@ class Losses(Stream):
 
     def gradient(self) -> tuple[Tensor, float]:
         """(The gradient of the sum of all losses: (p,), their weight)."""
-        sums, weights = torch.cat([torch.zeros_like(p).reshape(-1) for p in self.parameters]), 0.0
+        device, dtype = self.parameters[0].device, self.parameters[0].dtype
+        sums = torch.zeros(sum(p.numel() for p in self.parameters), dtype=dtype, device=device)
+        weights = 0.0
         self.rewind(0)
         while (batch := self.next_batch()) is not End:
             total, weight = self.total(batch)
             weights += weight
             if total.requires_grad:
                 parts = torch.autograd.grad(total, self.parameters, allow_unused=True, materialize_grads=True)
-                sums += torch.cat([part.reshape(-1) for part in parts])
+                sums += torch.cat([part.reshape(-1).to(device) for part in parts])
         return sums, weights
 
     def _check_first(self, value: Tensor) -> None:
@@ -339,7 +341,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _largest(tensors: Sequence[Tensor]) -> Tensor:
     """The largest magnitude in some tensors; a sum of squares could underflow."""
-    return torch.stack([tensor.detach().abs().max() for tensor in tensors if tensor.numel()]).max()
+    largest = [tensor.detach().abs().max() for tensor in tensors if tensor.numel()]
+    return torch.stack([value.to(largest[0].device) for value in largest]).max()
 
 
 def _checked_weight(weight: Any, batch: int) -> float:

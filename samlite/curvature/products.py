@@ -131,6 +131,11 @@ class HessianProducts(Operator):
     def _sum(self) -> Callable[[Tensor], None] | None:
         return self._ranks.sum if self._ranks else None
 
+    @property
+    def _spread(self) -> bool:
+        """Whether the parameters are on several devices."""
+        return len({p.device for p in self.params}) > 1
+
     def samples(self, unit: Unit) -> Samples:
         """The per-sample Hessians at the model's present weights."""
         require(unit in ("sample", "batch"), f"unit must be 'sample' or 'batch', got {unit!r}")
@@ -138,6 +143,7 @@ class HessianProducts(Operator):
             self._how == "autograd",
             "moments of samples need products='autograd', got 'finite-difference'",
         )
+        require(not self._spread, "moments of samples need all parameters on one device, got several")
         require(
             unit == "sample" or not is_pair(self._data),
             "unit='batch' needs data in batches, got a pair of tensors; pass list(zip(x.split(128), y.split(128)))",
@@ -208,6 +214,9 @@ class HessianProducts(Operator):
         if self._operator is None or state != self._state:
             self._operator, losses = None, self._losses
             if self._how == "finite-difference":
+                require(
+                    not self._spread, "products='finite-difference' needs all parameters on one device, got several"
+                )
                 self._differences = Differences(losses, self._ranks, self.memory)
                 like = self.params[0].detach()
                 self._operator = compiled().Callable(self._differences, like, self.shape[0])
@@ -357,11 +366,10 @@ def _selected(
     for name, p in chosen.items():
         unique.setdefault(id(p), (name, p))
     names, parameters = [name for name, _ in unique.values()], [p for _, p in unique.values()]
-    kinds = {(p.dtype, p.device) for p in parameters}
+    kinds = {p.dtype for p in parameters}
     require(
         len(kinds) == 1 and parameters[0].dtype in (torch.float32, torch.float64),
-        "the measured parameters must all be float32, or all float64, on one device, got "
-        + ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)),
+        f"the measured parameters must all be float32, or all float64, got {', '.join(sorted(map(str, kinds)))}",
     )
     broken = [name for name, p in zip(names, parameters, strict=True) if not p.detach().isfinite().all()]
     require(not broken, f"the weights must be finite, got nan or inf in {', '.join(broken)}")
