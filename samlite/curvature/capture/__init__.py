@@ -1,5 +1,5 @@
 """What a forward pass does, layer by layer: where samples enter, and by which linear maps."""
 
-from samlite.curvature.capture import layers  # which registers its rules
+from samlite.curvature.capture import contractions, layers, recurrent  # which register their rules
 
-__all__ = ["layers"]
+__all__ = ["contractions", "layers", "recurrent"]
