@@ -40,7 +40,11 @@ def load(source: str | None, seed: int) -> Splits:
 
 
 def _phrases(table: Any, place: str) -> Phrases:
-    rows = list(zip(table["sentence"][:], table["label"][:], strict=True))
+    try:
+        rows = list(zip(table["sentence"][:], table["label"][:], strict=True))
+    except UnicodeDecodeError as error:
+        byte = f"{error.object[error.start]:#x}"
+        raise UsageError(f"{place}, column 'sentence': text must be UTF-8, got the byte {byte}") from None
     for row, (text, label) in enumerate(rows):
         if not isinstance(text, str) or not text.split():
             raise UsageError(f"{place}, column 'sentence', row {row}: a sentence must have words, got {text!r}")

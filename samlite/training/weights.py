@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -259,9 +259,7 @@ def _unpickled(path: Path) -> Any:
     """What is in a file that torch.save wrote."""
     with open(regular(path), "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about old pickles; what matters is an error
-        if zipfile.is_zipfile(file) and any(
-            name.endswith("/constants.pkl") for name in zipfile.ZipFile(file).namelist()
-        ):
+        if _is_script(file):
             raise UsageError(f"{path} must hold weights, got a TorchScript archive; save model.state_dict()")
         file.seek(0)
         reader = SimpleNamespace(__name__="reader", Unpickler=_Unpickler, load=lambda f, **_: _Unpickler(f).load())
@@ -272,3 +270,11 @@ def _unpickled(path: Path) -> Any:
                 f"{path} must be a checkpoint of tensors and plain values, but it cannot be read: "
                 "it is truncated, damaged, or holds code"
             ) from error
+
+
+def _is_script(file: BinaryIO) -> bool:
+    """Whether a file is an archive of TorchScript, which torch would load as a module."""
+    try:
+        return any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(file).namelist())
+    except Exception:  # no archive, or a damaged one, which shows as many kinds of error
+        return False

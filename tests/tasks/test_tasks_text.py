@@ -351,6 +351,13 @@ def test_malformed_phrases_are_refused_with_their_place(
     assert "\n" not in str(refusal.value)
 
 
+def test_phrases_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_bytes(b'{"sentence": "a\xff film", "label": 1}\n')
+    with pytest.raises(ValueError, match="split 'train', column 'sentence': text must be UTF-8, got the byte 0xff"):
+        get("sst2").load(str(tmp_path), 0)
+
+
 def test_an_empty_split_of_phrases_is_refused(parquet: Callable[..., str]) -> None:
     import pyarrow
     import pyarrow.parquet

@@ -172,3 +172,18 @@ def test_what_holds_no_weights_gets_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="must hold weights, as model.safetensors or pytorch_model.bin, got neither"):
         load_weight_sets(tmp_path / "empty")
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_file_that_is_cut_or_changed_anywhere_is_refused_in_one_line_or_read_whole(tmp_path: Path) -> None:
+    state = network().state_dict()
+    torch.save(state, tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    for place in range(0, len(whole), 97):
+        for damaged in (whole[:place], whole[:place] + b"\xff\x00PK" + whole[place + 4 :]):
+            (tmp_path / "net.pt").write_bytes(damaged)
+            try:
+                (sets,) = load_weight_sets(tmp_path / "net.pt").values()
+            except UsageError as error:
+                assert len(str(error).splitlines()) == 1
+            else:
+                assert sets.keys() == state.keys()
