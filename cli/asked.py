@@ -54,8 +54,7 @@ class Asked:
     def kept(self) -> bool:
         """Whether the measurement is that of the run, and exact enough to keep."""
         whole = self.which == "LA" and self.params is None and self.samples is None and self.mode == "eval"
-        whole = whole and self.products == "autograd"
-        return self.of_run and whole and self.tol <= 1e-3
+        return self.of_run and whole and self.products == "autograd" and self.tol <= 1e-3
 
     def check(self) -> None:
         """Raise UsageError for options and files that cannot be, before the work."""

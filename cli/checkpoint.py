@@ -2,7 +2,6 @@
 
 import importlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from samlite.batches import described, is_pair
+from samlite.curvature.criterion import LOSSES
 from samlite.curvature.stream import checked_data
 from samlite.errors import UsageError, shortened
 from samlite.named import called, resolve
@@ -20,11 +20,6 @@ from samlite.training.runs import CONFIG
 from samlite.training.weights import FOLDER_FILES, load_weights_into
 
 _IGNORED = -100  # labels that do not count, as transformers has it
-_LOSSES: dict[str, Callable[[], Any]] = {
-    "cross_entropy": nn.CrossEntropyLoss,
-    "mse": nn.MSELoss,
-    "model": lambda: _own_loss,
-}
 
 
 def checkpoint_subject(
@@ -54,7 +49,7 @@ def checkpoint_subject(
         for line in load_weights_into(module, path, weights):
             click.echo(line, err=True)
     module.to(usable_device(device or "cpu"))
-    criterion = _LOSSES[loss]() if loss in _LOSSES else resolve(loss, "--loss")
+    criterion = _own_loss if loss == "model" else LOSSES[loss]() if loss in LOSSES else resolve(loss, "--loss")
     batches = checked_data(_build(data, "--data"))
     if not is_pair(batches):
         if samples is not None:

@@ -193,12 +193,9 @@ PYBIND11_MODULE(_C, m) {
                                   py::arg("strides"), py::arg("offset"));
   py::class_<Use, std::shared_ptr<Use>>(m, "Use");
   py::class_<Linear, Use, std::shared_ptr<Linear>>(m, "Linear").def(py::init<View>(), py::arg("view"));
-  py::class_<Conv, Use, std::shared_ptr<Conv>>(m, "Conv").def(py::init<View, Sizes, Sizes, Sizes, int64_t>(),
-                                                              py::arg("view"), py::arg("stride"), py::arg("padding"),
-                                                              py::arg("dilation"), py::arg("groups"));
-  py::class_<ConvTranspose, Use, std::shared_ptr<ConvTranspose>>(m, "ConvTranspose")
-      .def(py::init<View, Sizes, Sizes, Sizes, Sizes, int64_t>(), py::arg("view"), py::arg("stride"),
-           py::arg("padding"), py::arg("output_padding"), py::arg("dilation"), py::arg("groups"));
+  py::class_<Conv, Use, std::shared_ptr<Conv>>(m, "Conv").def(
+      py::init<View, Sizes, Sizes, Sizes, int64_t, std::optional<Sizes>>(), py::arg("view"), py::arg("stride"),
+      py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("output_padding") = py::none());
   py::class_<Contraction, Use, std::shared_ptr<Contraction>>(m, "Contraction")
       .def(py::init<View, std::string, std::string, std::string>(), py::arg("view"), py::arg("a"), py::arg("theta"),
            py::arg("z"));

@@ -101,17 +101,18 @@ Tensor Linear::output_rows(const Tensor& delta) const { return by_position(delta
 Tensor Linear::to_output(const Tensor& rows, const Tensor& like) const { return rows.view(like.sizes()); }
 Tensor Linear::to_input(const Tensor& rows, const Tensor& like) const { return rows.view(like.sizes()); }
 
-Conv::Conv(View view, Sizes stride, Sizes padding, Sizes dilation, int64_t groups)
+Conv::Conv(View view, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, std::optional<Sizes> output_padding)
     : Matrix(std::move(view)),
       stride_(std::move(stride)),
       padding_(std::move(padding)),
       dilation_(std::move(dilation)),
-      no_padding_(stride_.size(), 0),
-      groups_(groups) {}
+      output_padding_(output_padding.value_or(Sizes(stride_.size(), 0))),
+      groups_(groups),
+      transposed_(output_padding.has_value()) {}
 
 Tensor Conv::apply(const Tensor& theta, const Tensor& a, const Tensor& like) const {
   const auto convolve = [&](const Tensor& x, const Tensor& w, int64_t groups) {
-    return at::convolution(x, w, {}, stride_, padding_, dilation_, /*transposed=*/false, no_padding_, groups);
+    return at::convolution(x, w, {}, stride_, padding_, dilation_, transposed_, output_padding_, groups);
   };
   if (!one_a_sample(theta)) return convolve(a, theta, groups_);
   return convolve(as_groups(a), theta.flatten(0, 1), groups_ * a.size(0)).view(like.sizes());
@@ -120,7 +121,7 @@ Tensor Conv::apply(const Tensor& theta, const Tensor& a, const Tensor& like) con
 Tensor Conv::adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta) const {
   const auto input = [&](const Tensor& d, const Tensor& x, const Tensor& w, int64_t groups) {
     return std::get<0>(at::convolution_backward(d, x, w, at::OptionalIntArrayRef(), stride_, padding_, dilation_,
-                                                /*transposed=*/false, no_padding_, groups, {true, false, false}));
+                                                transposed_, output_padding_, groups, {true, false, false}));
   };
   if (!one_a_sample(theta)) return input(delta, a, theta, groups_);
   return input(as_groups(delta), as_groups(a), theta.flatten(0, 1), groups_ * a.size(0)).view(a.sizes());
@@ -129,8 +130,7 @@ Tensor Conv::adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta) 
 Tensor Conv::gradient(const Tensor& a, const Tensor& delta, Reduction reduction) const {
   const auto weight = [&](const Tensor& d, const Tensor& x, at::IntArrayRef size, int64_t groups) {
     return std::get<1>(at::convolution_backward(d, x, d.new_empty(size), at::OptionalIntArrayRef(), stride_, padding_,
-                                                dilation_, /*transposed=*/false, no_padding_, groups,
-                                                {false, true, false}));
+                                                dilation_, transposed_, output_padding_, groups, {false, true, false}));
   };
   if (reduction == Reduction::sum) return weight(delta, a, sizes(), groups_);
   const int64_t n = delta.size(0);
@@ -154,46 +154,6 @@ Tensor Conv::to_input(const Tensor& rows, const Tensor& like) const {
   return at::col2im(rows.mT().contiguous(), image.sizes().slice(2), kernel(), pair(dilation_, 1), pair(padding_, 0),
                     pair(stride_, 1))
       .view(like.sizes());
-}
-
-ConvTranspose::ConvTranspose(View view, Sizes stride, Sizes padding, Sizes output_padding, Sizes dilation,
-                             int64_t groups)
-    : Use(std::move(view)),
-      stride_(std::move(stride)),
-      padding_(std::move(padding)),
-      output_padding_(std::move(output_padding)),
-      dilation_(std::move(dilation)),
-      groups_(groups) {}
-
-Tensor ConvTranspose::apply(const Tensor& theta, const Tensor& a, const Tensor& like) const {
-  const auto convolve = [&](const Tensor& x, const Tensor& w, int64_t groups) {
-    return at::convolution(x, w, {}, stride_, padding_, dilation_, /*transposed=*/true, output_padding_, groups);
-  };
-  if (!one_a_sample(theta)) return convolve(a, theta, groups_);
-  return convolve(as_groups(a), theta.flatten(0, 1), groups_ * a.size(0)).view(like.sizes());
-}
-
-std::tuple<Tensor, Tensor> ConvTranspose::backward(const Tensor& theta, const Tensor& a, const Tensor& delta,
-                                                   int64_t groups, bool by_a) const {
-  const auto [at_a, at_theta, at_bias] =
-      at::convolution_backward(delta, a, theta, at::OptionalIntArrayRef(), stride_, padding_, dilation_,
-                               /*transposed=*/true, output_padding_, groups, {by_a, !by_a, false});
-  return {at_a, at_theta};
-}
-
-Tensor ConvTranspose::adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta) const {
-  if (!one_a_sample(theta)) return std::get<0>(backward(theta, a, delta, groups_, true));
-  const Tensor own = theta.flatten(0, 1);
-  return std::get<0>(backward(own, as_groups(a), as_groups(delta), groups_ * a.size(0), true)).view(a.sizes());
-}
-
-Tensor ConvTranspose::gradient(const Tensor& a, const Tensor& delta, Reduction reduction) const {
-  if (reduction == Reduction::sum) return std::get<1>(backward(delta.new_empty(sizes()), a, delta, groups_, false));
-  const int64_t n = delta.size(0);
-  auto grouped = sizes();
-  grouped[0] *= n;
-  const Tensor own = delta.new_empty(grouped);
-  return std::get<1>(backward(own, as_groups(a), as_groups(delta), groups_ * n, false)).view(prepended(n, sizes()));
 }
 
 Contraction::Contraction(View view, std::string a, std::string theta, std::string z)

@@ -7,7 +7,6 @@
 
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 namespace samlite {
@@ -88,13 +87,15 @@ class Linear : public Matrix {  // theta: (out, in), any positions between sampl
   Tensor to_input(const Tensor& rows, const Tensor& like) const override;
 };
 
-class Conv : public Matrix {  // theta: (out, in / groups, *kernel), in 1 to 3 dimensions
+// theta: (out, in / groups, *kernel), in 1 to 3 dimensions; of a transposed one, which has an output padding, theta:
+// (in, out / groups, *kernel).
+class Conv : public Matrix {
  public:
-  Conv(View view, Sizes stride, Sizes padding, Sizes dilation, int64_t groups);
+  Conv(View view, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, std::optional<Sizes> output_padding);
   Tensor apply(const Tensor& theta, const Tensor& a, const Tensor& like) const override;
   Tensor adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta) const override;
   Tensor gradient(const Tensor& a, const Tensor& delta, Reduction reduction) const override;
-  const Matrix* matrix() const override { return groups_ == 1 && stride_.size() <= 2 ? this : nullptr; }
+  const Matrix* matrix() const override { return groups_ == 1 && stride_.size() <= 2 && !transposed_ ? this : nullptr; }
   Tensor input_rows(const Tensor& a) const override;
   Tensor output_rows(const Tensor& delta) const override;
   Tensor to_output(const Tensor& rows, const Tensor& like) const override;
@@ -102,23 +103,9 @@ class Conv : public Matrix {  // theta: (out, in / groups, *kernel), in 1 to 3 d
 
  private:
   Sizes kernel() const;
-  Sizes stride_, padding_, dilation_, no_padding_;
+  Sizes stride_, padding_, dilation_, output_padding_;
   int64_t groups_;
-};
-
-class ConvTranspose : public Use {  // theta: (in, out / groups, *kernel)
- public:
-  ConvTranspose(View view, Sizes stride, Sizes padding, Sizes output_padding, Sizes dilation, int64_t groups);
-  Tensor apply(const Tensor& theta, const Tensor& a, const Tensor& like) const override;
-  Tensor adjoint(const Tensor& theta, const Tensor& a, const Tensor& delta) const override;
-  Tensor gradient(const Tensor& a, const Tensor& delta, Reduction reduction) const override;
-
- private:
-  // Of samples as groups, where each has its own theta; gradients by a and by theta, where asked for.
-  std::tuple<Tensor, Tensor> backward(const Tensor& theta, const Tensor& a, const Tensor& delta, int64_t groups,
-                                      bool by_a) const;
-  Sizes stride_, padding_, output_padding_, dilation_;
-  int64_t groups_;
+  bool transposed_;
 };
 
 // z = einsum over the labels that a and theta have in common; a and z have the sample, and perhaps positions, first.

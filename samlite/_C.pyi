@@ -87,17 +87,14 @@ class Linear(Use):
     def __init__(self, view: View) -> None: ...
 
 class Conv(Use):
-    def __init__(self, view: View, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> None: ...
-
-class ConvTranspose(Use):
     def __init__(
         self,
         view: View,
         stride: list[int],
         padding: list[int],
-        output_padding: list[int],
         dilation: list[int],
         groups: int,
+        output_padding: list[int] | None = None,
     ) -> None: ...
 
 class Contraction(Use):

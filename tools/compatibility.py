@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samlite import Hessian
+from samlite.batches import placed
 
 PAGE = Path(__file__).parent.parent / "docs" / "compatibility.md"
 BEGIN, END = "<!-- networks: written by tools/compatibility.py -->", "<!-- end of networks -->"
@@ -241,22 +242,12 @@ def normed() -> Case:
 # --- What is measured
 
 
-def mapped(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, dict):
-        return {key: mapped(function, value) for key, value in batch.items()}
-    if isinstance(batch, tuple):
-        return tuple(mapped(function, value) for value in batch)
-    return batch.clone().apply(function)  # of torch_geometric
-
-
 class Plain:
     """Products in float64 that know nothing of samlite."""
 
     def __init__(self, model: nn.Module, batch: Any, loss: Any, differences: bool) -> None:
         self.model, self.loss = _without_hardsigmoid(model.double().eval()), loss
-        self.batch = mapped(lambda t: t.double() if t.is_floating_point() else t, batch)
+        self.batch = placed(batch, next(model.parameters()))
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.differences = differences
 
@@ -308,7 +299,7 @@ def error_of(case: Case, name: str) -> tuple[float, str]:
     """(The error of samlite's largest eigenvalue in float64, relative; how it was found)."""
     model, batch, loss = case
     model.double()
-    batch = mapped(lambda t: t.double() if t.is_floating_point() else t, batch)
+    batch = placed(batch, next(model.parameters()))
     found = Hessian(model, loss, [batch]).eigenvalues(1, tol=1e-5, vectors=True, max_matvecs=3000)
     value, vector = float(found.values[0]), found.vectors[:, 0].numpy()
     plain = Plain(model, batch, loss, name in BY_DIFFERENCES)

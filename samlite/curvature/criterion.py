@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from samlite.batches import described
 from samlite.errors import UsageError
 
+LOSSES: dict[str, type[nn.Module]] = {"cross_entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
+"""The losses that have a name on the terminal."""
 Loss = Callable[[nn.Module, Any], Any] | nn.Module
 
 

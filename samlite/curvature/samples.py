@@ -1,8 +1,8 @@
 """The Hessians of single samples (or of batches), and their products with vectors for all samples at once.
 
 `samlite._C` carries H_i^k v for all samples in factored form (see ``cpp/moments.h``), from layers that
-`samlite.curvature.capture` records. A model that uses a parameter in a way it has no rule for is measured one sample at
-a time: exact as well, and slow, with a warning that names the operation.
+`samlite.curvature.capture` records. Where that does not do for a model, every sample gets its own copy of the weights,
+or is measured by itself: exact as well, and slow, with a warning that names the reason.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from samlite.batches import Form, form, leaves, mapped, owners, placed, rows, samples
+from samlite.batches import Form, form, leaves, mapped, owners, rows, samples
 from samlite.curvature.capture.plan import Plan, Scaled, Seen, UncoveredError, find_plan, find_scaled
 from samlite.curvature.capture.recorder import Capture
 from samlite.curvature.function import Losses
@@ -57,7 +58,6 @@ class Samples:
         self._curves = Curves(module, losses, kind)
         self.fallback: str | None = None
         self._plans: dict[Form, Plan] = {}
-        self._lift = False  # every parameter, rules or not
         if unit == "sample":
             self._plan()
         try:
@@ -89,8 +89,7 @@ class Samples:
             self.fallback = str(reason)
         way = "every sample has its own copy of the weights"
         try:
-            self._lift = True
-            self._plans = self._checked_plans()
+            self._plans = self._checked_plans(lift=True)
         except UncoveredError:
             for _, few in self._forms():
                 self._check_apart(few)
@@ -122,7 +121,7 @@ class Samples:
     def _powers(self, batch: Any) -> tuple[Any, Tensor, float]:
         if not self._plans:
             return _whole(self._c, self._curves, batch, self._unit == "batch", self._exponent)
-        return _chain(self._c, self._curves, batch, self._plans[form(batch)], self._exponent, self._lift)
+        return _chain(self._c, self._curves, batch, self._plans[form(batch)], self._exponent)
 
     def _step_bytes(self, batch: Any) -> int:
         """Memory of a batch's graph and of a step through it."""
@@ -131,7 +130,7 @@ class Samples:
 
     # --- The plans, and the proof that they are right
 
-    def _checked_plans(self) -> dict[Form, Plan]:
+    def _checked_plans(self, lift: bool = False) -> dict[Form, Plan]:
         """Where samples are in each layer, by the form of the batch.
 
         A recurrent network has more layers in longer sequences. Each plan is checked on a few samples against plain
@@ -140,7 +139,7 @@ class Samples:
         plans: dict[Form, Plan] = {}
         for kind, few in self._forms():
             known = next((plan for plan in plans.values() if self._suits(plan, few)), None)
-            plan = known or self._found(few)
+            plan = known or self._found(few, lift)
             self._check_apart(few)
             if known is None:
                 self._check(few, plan)
@@ -149,15 +148,16 @@ class Samples:
 
     def _suits(self, plan: Plan, few: Any) -> bool:
         try:
-            return plan.suits(self._seen(few, plan.scaled))
+            return plan.suits(self._seen(few, plan.scaled, plan.lift))
         except UncoveredError:
             return False
 
-    def _found(self, few: Any) -> Plan:
+    def _found(self, few: Any, lift: bool) -> Plan:
         fewer = rows(few, slice(0, _FEWER))
         scaled = find_scaled(self._seen(few), self._seen(fewer))
-        changed = [self._seen(_changed(few, j), scaled) for j in range(samples(few))]
-        return find_plan(scaled, self._seen(few, scaled), self._seen(fewer, scaled), changed)
+        changed = [self._seen(_changed(few, j), scaled, lift) for j in range(samples(few))]
+        plan = find_plan(scaled, self._seen(few, scaled, lift), self._seen(fewer, scaled, lift), changed)
+        return replace(plan, lift=lift)
 
     def _forms(self) -> Iterator[tuple[Form, Any]]:
         """Every form of batch in the data, with a few samples of it."""
@@ -178,14 +178,8 @@ class Samples:
                 "number, or pass data in batches and use unit='batch'"
             )
 
-    def _seen(self, batch: Any, scaled: list[Scaled] | None = None) -> Seen:
-        capture = Capture(
-            self._losses.parameters,
-            samples(batch),
-            scaled,
-            lift=self._lift,
-            owners=owners(placed(batch, self._losses.parameters[0])),
-        )
+    def _seen(self, batch: Any, scaled: list[Scaled] | None = None, lift: bool = False) -> Seen:
+        capture = Capture(self._losses.parameters, samples(batch), scaled, lift=lift, owners=owners(batch))
         self._losses.forget()
         with torch.no_grad():
             self._losses.total(batch, capture)
@@ -195,9 +189,9 @@ class Samples:
         """Raise UncoveredError unless the chains of some samples are what plain autograd gives for each of them."""
         try:  # in float64, as little but rounding is left of samples that are fitted well
             doubled = Curves(self._c, self._losses.doubled(), self._curves.kind)
-            agree = _agree(self._c, doubled, batch, plan, self._lift)
+            agree = _agree(self._c, doubled, batch, plan)
         except (RuntimeError, TypeError):  # a model that cannot be copied, a loss that holds float32 tensors, mps
-            agree = _agree(self._c, self._curves, batch, plan, self._lift)
+            agree = _agree(self._c, self._curves, batch, plan)
         if not agree:
             raise UncoveredError("this model: its chains disagree with plain autograd")
 
@@ -207,19 +201,17 @@ def _whole(c: ModuleType, curves: Curves, batch: Any, mean: bool, exponent: int 
     return c.batch_hessian(curvature, weight, mean, curves.losses.parameters, exponent), total, weight
 
 
-def _chain(
-    c: ModuleType, curves: Curves, batch: Any, plan: Plan, exponent: int = 0, lift: bool = False
-) -> tuple[Any, Tensor, float]:
+def _chain(c: ModuleType, curves: Curves, batch: Any, plan: Plan, exponent: int = 0) -> tuple[Any, Tensor, float]:
     count, params = samples(batch), curves.losses.parameters
-    unequal = owners(placed(batch, params[0]))
-    capture = Capture(params, count, plan=plan, taps=curves.kind == "hessian", lift=lift, owners=unequal)
+    taps = curves.kind == "hessian"
+    capture = Capture(params, count, plan=plan, taps=taps, lift=plan.lift, owners=owners(batch))
     total, weight, outputs, leaves = curves.total(batch, capture)
     with torch.enable_grad():
         scaled = total * 2.0**-exponent if exponent else total
     return c.chain(scaled, capture.sites, count, params, outputs, leaves), total.detach(), weight
 
 
-def _agree(c: ModuleType, curves: Curves, batch: Any, plan: Plan, lift: bool) -> bool:
+def _agree(c: ModuleType, curves: Curves, batch: Any, plan: Plan) -> bool:
     like = curves.losses.parameters[0]
     generator = torch.Generator(device="cpu").manual_seed(0)
     v = torch.randn(
@@ -239,7 +231,7 @@ def _agree(c: ModuleType, curves: Curves, batch: Any, plan: Plan, lift: bool) ->
         return True  # which the first product says
     exponent = math.frexp(size)[1]
     curves.losses.forget()
-    chain, right = _chain(c, curves, batch, plan, exponent, lift)[0](v, 2), plain(2, exponent)
+    chain, right = _chain(c, curves, batch, plan, exponent)[0](v, 2), plain(2, exponent)
     allowed = _AGREEMENT[like.dtype] * right.norm(dim=2).sum(0)
     return bool(((chain - right.sum(0)).norm(dim=1) <= allowed).all())
 

@@ -72,7 +72,8 @@ def untouched(
         UsageError: the forward pass wrote into a parameter.
     """
     modules = distinct_modules([model, *held])
-    device = next(iter(model.parameters())).device
+    like = next(iter(model.parameters()))
+    device = like.device
     everything = [p for module in modules for p in module._parameters.values() if p is not None]
     versions = [p._version for p in everything]
     with ExitStack() as stack:
@@ -87,7 +88,7 @@ def untouched(
         if "torch._dynamo" in sys.modules:  # nor have compiled graphs
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(without_checkpointing())
-        stack.enter_context(TwiceDifferentiable(double=next(iter(model.parameters())).dtype == torch.float64))
+        stack.enter_context(TwiceDifferentiable(double=like.dtype == torch.float64))
         stack.enter_context(_fresh_caches())
         stack.enter_context(_own_state(modules))
         stack.enter_context(_only(parameters, everything))

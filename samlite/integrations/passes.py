@@ -16,12 +16,16 @@ class Passes:
     """
 
     def __init__(self, optimizer: SAM, model: nn.Module) -> None:
-        self.optimizer, self._model = optimizer, model
+        self.optimizer, self.model = optimizer, model
         self._done: list[tuple[Callable[[], Any], Any]] = []  # what repeats each micro-batch, and its random state
 
     def begin(self, again: Callable[[], Any]) -> None:
         """A micro-batch follows, which `again` repeats: forward and backward."""
         self._done.append((again, self._random()))
+
+    def repeat_last_by(self, again: Callable[[], Any]) -> None:
+        """Repeat the last micro-batch by this."""
+        self._done[-1] = again, self._done[-1][1]
 
     def end(self) -> None:
         """The gradients of all micro-batches are there: run the second pass, which leaves its own.
@@ -31,7 +35,7 @@ class Passes:
         done, self._done = self._done, []
         if not any(group["rho"] for group in self.optimizer.param_groups):
             return
-        after, buffers = self._random(), buffers_of(self._model)
+        after, buffers = self._random(), buffers_of(self.model)
         self.optimizer.first_step(zero_grad=True)
         try:
             for again, state in done:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from samlite.batches import described, is_pair
+from samlite.curvature.criterion import LOSSES
 from samlite.data.tensors import Splits, TensorData, hold_out
 from samlite.errors import UsageError
 from samlite.models import parameter_count
@@ -139,8 +140,8 @@ def _in_memory(part: Any, name: str, classifies: bool) -> TensorData:
 
 
 def _criterion(name: str) -> nn.Module:
-    if name in ("cross_entropy", "mse"):
-        return nn.CrossEntropyLoss() if name == "cross_entropy" else nn.MSELoss()
+    if name in LOSSES:
+        return LOSSES[name]()
     named = resolve(name, "loss")
     named = named() if isinstance(named, type) else named
     if not callable(named):

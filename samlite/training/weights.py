@@ -75,7 +75,7 @@ def load_weights_into(module: nn.Module, path: Path, name: str | None = None) ->
     ((chosen, (state, prefix)),) = fitting.items()
     check_types(module, state, path)
     _load(module, state, path)
-    said = [f"weights: {chosen}, of {_names(load_weight_sets(path))}"] if name is None and len(sets) > 1 else []
+    said = [f"weights: {chosen}, of {_names(sets)}"] if name is None and len(sets) > 1 else []
     return said + ([f"names: without their prefix {prefix}"] if prefix else [])
 
 

@@ -25,9 +25,16 @@ def _channels(p: Any, like: Tensor) -> Any:
 def linear(c: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not c.owns(weight, bias) or c.grows(input) is None:
         return NotImplemented
+    return linear_site(c, input, weight, bias)
+
+
+def linear_site(
+    c: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None, owner: Tensor | None = None
+) -> Tensor:
+    """Computes and records a linear layer; `owner` as of `Capture.site`."""
     a, eta = c.tapped(input)
     uses = c.uses("Linear", weight) + c.uses("Shift", bias)
-    return c.site(F.linear(a, weight, bias), uses, a if c.owns(weight) else None, eta)
+    return c.site(F.linear(a, weight, bias), uses, a if c.owns(weight) else None, eta, owner)
 
 
 def _each(dimensions: int, value: Any) -> list[int]:
@@ -89,8 +96,9 @@ def _transposed_convolution(dimensions: int, function: Callable[..., Tensor]) ->
             return NotImplemented
         a, eta = c.tapped(input)
         z = function(a, weight, bias, stride, padding, output_padding, groups, dilation)
-        settings = [_each(dimensions, value) for value in (stride, padding, output_padding, dilation)]
-        uses = c.uses("ConvTranspose", weight, *settings, groups) + c.uses("Shift", _channels(bias, input))
+        stride, padding, dilation, ends = (_each(dimensions, v) for v in (stride, padding, dilation, output_padding))
+        uses = c.uses("Conv", weight, stride, padding, dilation, groups, ends)
+        uses += c.uses("Shift", _channels(bias, input))
         return c.site(z, uses, a if c.owns(weight) else None, eta)
 
     return convolution

@@ -62,6 +62,8 @@ class Plan:
 
     scaled: list[Scaled]
     places: list[tuple[int, str] | None]
+    lift: bool = False
+    """Whether every parameter is lifted, rules or not."""
 
     def layout(self, probe: int, value: Tensor, samples: int) -> Layout | None:
         """Where the samples are in a tensor."""

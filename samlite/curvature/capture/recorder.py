@@ -76,12 +76,11 @@ class Capture(TorchFunctionMode):
         self.samples = samples
         self.fixed = not (scaled is None and plan is None)
         self.sites: list[Any] = []
-        self._owners = owners or {}
+        self._owners = {kind: owner.to(params[0].device) for kind, owner in (owners or {}).items()}
         self._scaled, self._plan, self._lift_all = plan.scaled if plan else scaled, plan, lift
         self._calls: list[Call] = []
         self._probes: list[Probe] = []
         self._probed = 0  # tensors whose place the plan gave
-        self._made = 0  # calls so far
         self._now: tuple[list[Any], Scaled] = ([], Scaled([], []))  # the arguments of the call, and what grows in it
         # By id: a tensor computed from parameters alone, and the same of each sample's own copies of them.
         self._derived: dict[int, tuple[Tensor, Tensor | None]] = {}
@@ -101,8 +100,7 @@ class Capture(TorchFunctionMode):
             asked = any(id(leaf) in self._derived for leaf in call[0])
             known = Scaled([None] * len(call[0]), [None])
             return self._of_parameters(func, call, known) if asked else func(*args, **kwargs)
-        index = self._made
-        self._made += 1
+        index = len(self._calls)
         self._calls.append(Call([], []))
         if func in PARTS:
             result = PARTS[func](self, *args, **kwargs)
