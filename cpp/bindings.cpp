@@ -224,7 +224,8 @@ PYBIND11_MODULE(_C, m) {
       .def("exponent", torch::wrap_pybind_function_no_gil(&Moments::exponent))
       .def("suitable_exponent", torch::wrap_pybind_function_no_gil(&Moments::suitable_exponent))
       .def("apply", torch::wrap_pybind_function_no_gil(&Moments::apply), py::arg("v"), py::arg("order"))
-      .def("ascent", torch::wrap_pybind_function_no_gil(&Moments::ascent));
+      .def("ascent", torch::wrap_pybind_function_no_gil(&Moments::ascent))
+      .def("slopes", torch::wrap_pybind_function_no_gil(&Moments::slopes), py::arg("v"));
   bind_graphs(moments);
   py::class_<Centred, Operator, std::shared_ptr<Centred>>(m, "Centred")
       .def(py::init<std::shared_ptr<Moments>, int64_t>(), py::arg("moments"), py::arg("order"));

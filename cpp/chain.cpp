@@ -261,9 +261,14 @@ void Chain::add_sum(const std::vector<Derivatives>& dots, const Directions& v, c
   }
 }
 
+Directions Chain::shared(const Tensor& v) const {
+  Directions result;
+  for (const auto& part : views(v, params_)) result.push_back(std::make_unique<Whole>(part.flatten()));
+  return result;
+}
+
 void Chain::add(const Tensor& v, Tensor& out) {
-  Directions direction;
-  for (const auto& part : views(v, params_)) direction.push_back(std::make_unique<Whole>(part.flatten()));
+  Directions direction = shared(v);
   Tensor scale;
   for (int64_t k = 0; k < out.size(0); ++k) {
     auto dots = derivatives(direction);
@@ -282,6 +287,8 @@ Tensor Chain::slope(const Directions& v) const {
   for (const auto& site : sites_) sum += (site->delta_first_ * response(*site, v)).reshape({n_, -1}).sum(1);
   return sum;
 }
+
+Tensor Chain::slopes(const Tensor& v) const { return outputs_ ? ones().mul_(NAN) : slope(shared(v)); }
 
 // The gradient of a sample is a direction with delta in place of delta', and no a'.
 Tensor Chain::ascent() const {

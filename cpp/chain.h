@@ -47,6 +47,7 @@ class Chain : public SampleHessians {
         std::optional<Outputs> outputs);
   void add(const Tensor& v, Tensor& out) override;
   Tensor ascent() const override;
+  Tensor slopes(const Tensor& v) const override;
   int64_t samples() const override { return n_; }
   std::vector<Tensor> held() const override;
   int64_t step_bytes() const override;
@@ -58,6 +59,7 @@ class Chain : public SampleHessians {
   Tensor adjoint(const Site& site, const Directions& v) const;      // V^T delta of a site, like a
   std::vector<Tensor> at_edges(const std::vector<Tensor>& roots, const std::vector<Tensor>& cotangents,
                                const std::vector<Edge>& edges) const;
+  Directions shared(const Tensor& v) const;                           // the same direction of every sample
   Directions directions(const std::vector<Derivatives>& dots) const;  // H_i v of each sample
   void add_sum(const std::vector<Derivatives>& dots, const Directions& v, const Tensor& scale,
                std::vector<Tensor>& out) const;

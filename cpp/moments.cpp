@@ -95,6 +95,17 @@ double Moments::ascent() {
   return std::ldexp((sum / counted).item<double>() * share(), static_cast<int>(exponent_));
 }
 
+Tensor Moments::slopes(const Tensor& v) {
+  std::vector<Tensor> parts;
+  int64_t samples = 0;
+  graphs_.pass([&](const auto& graph) {
+    parts.push_back(graph->slopes(v));
+    samples += graph->samples();
+  });
+  total(samples);
+  return at::cat(parts).to(at::kDouble).mul_(std::ldexp(share(), static_cast<int>(exponent_)));
+}
+
 void OfMoments::see(const Tensor& size, const Tensor& v) {
   const Tensor unit = size / at::linalg_vector_norm(v);
   size_ = size_.defined() ? at::fmax(size_, unit) : unit;

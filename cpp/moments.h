@@ -21,6 +21,7 @@ class BatchHessian : public SampleHessians {
         unit_(std::ldexp(1, static_cast<int>(exponent))) {}
   void add(const Tensor& v, Tensor& out) override;
   Tensor ascent() const override { return at::full({1}, NAN, params_[0].options().requires_grad(false)); }
+  Tensor slopes(const Tensor&) const override { return ascent(); }
   int64_t samples() const override { return 1; }
   std::vector<Tensor> held() const override { return curvature_->held(); }
   int64_t step_bytes() const override { return 0; }
@@ -42,6 +43,7 @@ class Moments {
           int64_t memory, int64_t exponent, std::function<void()> check_signals, Sum sum = {});
   Tensor apply(const Tensor& v, int64_t order);  // -> (order, p): M_1 v, ..., M_order v
   double ascent();                               // the mean of g_i^T H_i g_i / |g_i|^2 where g_i is not 0
+  Tensor slopes(const Tensor& v);                // g_i . v of the samples of this process: (samples,)
   int64_t exponent();                            // takes a pass, the first time
   // The exponent of the losses that brings the H_i to a size of about one, where powers are not safe as they are: ask
   // again with that. Takes two products.

@@ -17,6 +17,8 @@ class SampleHessians {
   // g_i^T H_i g_i / |g_i|^2 along each sample's own gradient, H_i not yet scaled: (samples,); nan where g_i is 0 or
   // it is not known.
   virtual Tensor ascent() const = 0;
+  // g_i . v: (samples,); nan where it is not known.
+  virtual Tensor slopes(const Tensor& v) const = 0;
   virtual int64_t samples() const = 0;
   // The tensors that it keeps, some with a graph behind them, and about what one step takes beside them.
   virtual std::vector<Tensor> held() const = 0;

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from samlite import integrations
+    from samlite.curvature.edges import Edge, edges
     from samlite.curvature.hessian import Hessian
     from samlite.curvature.operator import Operator
     from samlite.curvature.results import (
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
         Eigenvalues,
         Estimate,
         Footprint,
+        Measure,
         Moments,
         Sharpness,
         Stability,
     )
+    from samlite.curvature.tracking import Tracker
     from samlite.errors import UsageError
     from samlite.optim.sam import SAM
     from samlite.optim.sampa import SAMPa
@@ -32,19 +35,23 @@ __all__ = [
     "AgnosticSAM",
     "Block",
     "Density",
+    "Edge",
     "Eigenvalues",
     "Estimate",
     "Footprint",
     "FriendlySAM",
     "Hessian",
+    "Measure",
     "Moments",
     "Operator",
     "RhoScheduler",
     "SAMPa",
     "Sharpness",
     "Stability",
+    "Tracker",
     "UsageError",
     "__version__",
+    "edges",
     "integrations",
 ]
 
@@ -56,6 +63,10 @@ _HOME = {
     "SAMPa": "samlite.optim.sampa",
     "RhoScheduler": "samlite.optim.schedule",
     "Hessian": "samlite.curvature.hessian",
+    "Edge": "samlite.curvature.edges",
+    "edges": "samlite.curvature.edges",
+    "Measure": "samlite.curvature.results",
+    "Tracker": "samlite.curvature.tracking",
     "Moments": "samlite.curvature.results",
     "Operator": "samlite.curvature.operator",
     "Density": "samlite.curvature.results",

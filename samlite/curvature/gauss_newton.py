@@ -112,6 +112,13 @@ class Curves:
             return self._c.gradient(total, params), total.detach(), weight
         return self._c.gauss_newton(total, outputs, leaves, params), total.detach(), weight
 
+    def product(self, batch: Any, v: Tensor) -> Tensor:
+        """The product of a batch's mean loss's matrix with a vector: (p,)."""
+        graph, _, weight = self.whole(batch)
+        mean = self._c.batch_hessian(graph, weight, True, self.losses.parameters)
+        product: Tensor = mean(v, 1)[0] / weight
+        return product
+
     def bytes(self, batch: Any, graph: Any) -> int:
         """What the graph of a batch keeps in memory; batches of the same shapes have graphs of the same size."""
         shapes = tuple(tuple(tensor.shape) for tensor in tensors(batch))

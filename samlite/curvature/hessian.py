@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+from torch.optim import Optimizer
 
 from samlite.curvature.matrix import Progress
+from samlite.curvature.measures.point import Point
+from samlite.curvature.measures.table import measures, names_of
 from samlite.curvature.moments import moments
+from samlite.curvature.operator import Operator
+from samlite.curvature.preconditioner import preconditioned
 from samlite.curvature.products import HessianProducts
-from samlite.curvature.results import Block, Moments, Sharpness, Stability
+from samlite.curvature.results import Block, Measure, Moments, Sharpness, Stability
 from samlite.curvature.samples import Unit
 from samlite.curvature.sharpness import blocks, sharpness
 from samlite.curvature.stability import stability
@@ -97,6 +105,60 @@ class Hessian(HessianProducts):
         require(0 < tol < 1, f"tol must be between 0 and 1, got {tol}")
         return stability(self, lr, rho, unit, tol, seed, progress)
 
+    def preconditioned(self, by: Optimizer | Tensor, *, decay: float = 0.0) -> Operator:
+        """P^-1/2 (H + decay I) P^-1/2: curvature as an adaptive optimizer feels it, with all that an `Operator` has.
+
+        Args:
+            by: Adam, AdamW, RMSprop or Adagrad of torch, or SAM around one, which has taken a step: P is the diagonal
+                that its last step was divided by (see ``samlite.curvature.preconditioner``). Or the diagonal: (p,).
+            decay: weight decay that is a part of the gradient, as in Adam; see `samlite.edges`.
+
+        Raises:
+            UsageError: the optimizer has no such diagonal, no state yet, or not these parameters.
+        """
+        return preconditioned(self, by, decay)
+
+    def measures(
+        self,
+        names: str | Iterable[str] = "all",
+        optimizer: Optimizer | None = None,
+        lr: float | None = None,
+        rho: float | None = None,
+        *,
+        radius: float = 0.05,
+        batch_size: int = 128,
+        k: int = 5,
+        other: HessianProducts | None = None,
+        tol: float = 1e-3,
+        seed: int = 0,
+        progress: Callable[[str], None] | None = None,
+    ) -> dict[str, Measure]:
+        """Sharpness as the literature measures it, by name: "batch,critical", or "all". See docs/measures.md.
+
+        Args:
+            optimizer: in use at these weights, for its next update, its preconditioner and its edge.
+            lr, rho: learning rate and SAM's radius where there is no optimizer.
+            radius: of worst- and average-case sharpness.
+            batch_size: of batch sharpness, and the number m of samples that share a worst-case step.
+            k: the size of the top space.
+            other: another checkpoint of the network, for the overlap of their top spaces.
+            tol: relative error of eigenvalues.
+            progress: called with the name of each measure before it is taken.
+
+        Returns:
+            One `Measure` a name; the value is nan, with the reason in `note`, for one that does not apply here.
+
+        Raises:
+            UsageError: there is no such measure, or an argument is not usable.
+        """
+        require(lr is None or 0 < lr < math.inf, f"lr must be > 0, got {lr}")
+        require(rho is None or 0 <= rho < math.inf, f"rho must be >= 0, got {rho}")
+        require(0 < radius < math.inf, f"radius must be > 0, got {radius}")
+        require(isinstance(batch_size, int) and batch_size >= 1, f"batch_size must be >= 1, got {batch_size}")
+        require(isinstance(k, int) and k >= 1, f"k must be >= 1, got {k}")
+        point = Point(self, optimizer, lr, rho, radius, batch_size, k, tol, other, seed)
+        return measures(names_of(names), point, progress)
+
     def sharpness(self, tol: float = 0.05, *, seed: int = 0, progress: Progress | None = None) -> Sharpness:
         """Worst-, ascent- and average-direction sharpness; `tol` is that of the trace.
 
@@ -106,12 +168,18 @@ class Hessian(HessianProducts):
         return sharpness(self, tol, seed, progress)
 
     def blocks(
-        self, k: int = 1, tol: float = 0.05, *, seed: int = 0, progress: Progress | None = None
+        self,
+        k: int = 1,
+        tol: float = 0.05,
+        *,
+        by: Optimizer | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
     ) -> dict[str, Block]:
         """The k largest eigenvalues and the trace of each layer's own block, by the layer's name.
 
         A layer is what shares the name before the last dot. Blocks are measured one by one, so that memory is that of
-        one.
+        one. With an optimizer in `by` they are preconditioned as of `preconditioned`.
         """
         require(isinstance(k, int) and k >= 1, f"k must be >= 1, got {k}")
-        return blocks(self, k, tol, seed, progress)
+        return blocks(self, k, tol, by, seed, progress)

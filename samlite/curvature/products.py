@@ -22,6 +22,7 @@ from samlite.curvature.differences import Differences
 from samlite.curvature.function import Losses
 from samlite.curvature.gauss_newton import Curves, Kind
 from samlite.curvature.memory import free_bytes, parse_bytes
+from samlite.curvature.moved import Moved
 from samlite.curvature.neutral import check_real
 from samlite.curvature.operator import Operator
 from samlite.curvature.parameters import bare, selected
@@ -108,6 +109,54 @@ class HessianProducts(Operator):
                 weights = self._ranks.total(weights)
             return sums / weights
 
+    @property
+    def data(self) -> Data:
+        """What the loss is averaged over."""
+        data: Data = self._losses.data
+        return data
+
+    @property
+    def sum(self) -> Callable[[Tensor], None] | None:
+        """Sums a tensor over all processes, in place; None where there is one."""
+        return self._ranks.sum if self._ranks else None
+
+    def moved(self) -> Moved:
+        """The loss at other weights."""
+        with self.products():  # which cuts the data into chunks that fit
+            losses = self._losses.again()
+            losses.cut(self._losses.chunk)
+        return Moved(losses, self.sum, self._explained)
+
+    def sample_slopes(self, v: Tensor) -> Tensor:
+        """g_i . v of each sample's loss gradient, for the samples of this process: (samples,) in float64."""
+        require(self.curvature == "hessian", "slopes of samples need curvature='hessian', got 'ggn'")
+        with self.sample_products("sample") as moments:
+            slopes: Tensor = moments.slopes(v)
+        return self._slopes_one_by_one(v) if slopes.isnan().all() else slopes
+
+    def _slopes_one_by_one(self, v: Tensor) -> Tensor:
+        """Of a model without a per-sample rule."""
+        losses, slopes, weights = self._losses.again(), list[Tensor](), 0.0
+        with self._explained():
+            losses.cut(losses.chunk, single=True)
+            losses.rewind(0)
+            while (batch := losses.next_batch()) is not End:
+                total, weight = losses.total(batch)
+                parts = torch.autograd.grad(total, self.params, allow_unused=True, materialize_grads=True)
+                slopes.append(torch.cat([part.reshape(-1) for part in parts]).double().dot(v.double()))
+                weights += weight
+        return torch.stack(slopes) * (len(slopes) / weights)
+
+    @contextmanager
+    def separately(self) -> Iterator[Curves]:
+        """Graphs of batches of any size beside those of the data, for use within."""
+        with self._explained():
+            yield Curves(compiled(), self._losses.again(), self.curvature)
+
+    def check_exact(self, what: str) -> None:
+        """Raise UsageError where products are not those of autograd."""
+        require(self._how == "autograd", f"{what} needs products='autograd', got 'finite-difference'")
+
     def footprint(self, k: int = 1) -> Footprint:
         """The memory that k eigenvalues will take, after one product, which builds the graphs.
 
@@ -124,10 +173,6 @@ class HessianProducts(Operator):
         """M_order - H^order, with the interface of this one."""
         require(isinstance(order, int) and order >= 1, f"order must be >= 1, got {order}")
         return MomentOperator(self, order, unit)
-
-    @property
-    def _sum(self) -> Callable[[Tensor], None] | None:
-        return self._ranks.sum if self._ranks else None
 
     @property
     def _spread(self) -> bool:
@@ -154,7 +199,7 @@ class HessianProducts(Operator):
         known, samples = self._moments.get(unit, (None, None))
         if samples is None or known != state:
             self._moments.pop(unit, None)
-            samples = Samples(compiled(), self._losses.again(), self.memory, unit, self.curvature, self._sum)
+            samples = Samples(compiled(), self._losses.again(), self.memory, unit, self.curvature, self.sum)
             self._moments[unit] = state, samples
         return samples
 
@@ -234,7 +279,7 @@ class HessianProducts(Operator):
                 curvature, total, weight = curves.whole(batch)
                 return curvature, total, weight, curves.bytes(batch, curvature)
 
-            operator = compiled().Hessian(self.params, losses.rewind, graph, self.memory, self._sum)
+            operator = compiled().Hessian(self.params, losses.rewind, graph, self.memory, self.sum)
             if losses.divisible:  # as many rows a chunk as have a graph within the memory
                 losses.fit(lambda batch: curves.bytes(batch, curves.whole(batch)[0]), self.memory)
             self._operator, self._state = operator, state

@@ -8,6 +8,7 @@ from typing import Generic, Literal, TypeVar
 from torch import Tensor
 
 Value = TypeVar("Value", float, Tensor)
+Kind = Literal["exact", "bound", "standard error", "at least"]
 Verdict = Literal["stable", "unstable", "undecided", "not a minimum"]
 
 
@@ -207,3 +208,21 @@ class Block:
     parameters: int
     eigenvalues: Eigenvalues
     trace: Estimate[float]
+
+
+@dataclass(frozen=True)
+class Measure(Result):
+    """One of the measures of sharpness. See `Hessian.measures`."""
+
+    value: float
+    """The value; nan where the measure does not apply, and `note` says why."""
+    error: float
+    """What `kind` says."""
+    kind: Kind
+    """"exact" to rounding; a "bound" or "standard error" of `error`; "at least" where a search found the value."""
+    meaning: str
+    note: str
+    converged: bool
+    matvecs: int
+    gradient_evaluations: float
+    seconds: float

@@ -10,8 +10,10 @@ import math
 import time
 
 import torch
+from torch.optim import Optimizer
 
 from samlite.curvature.matrix import Progress
+from samlite.curvature.preconditioner import preconditioned
 from samlite.curvature.products import HessianProducts
 from samlite.curvature.results import Block, Sharpness
 from samlite.errors import UsageError, require
@@ -69,7 +71,9 @@ def _ascent_of_samples(hessian: HessianProducts) -> tuple[float, str]:
     return value, "the gradient of every sample is 0" if math.isnan(value) else ""
 
 
-def blocks(hessian: HessianProducts, k: int, tol: float, seed: int, progress: Progress | None) -> dict[str, Block]:
+def blocks(
+    hessian: HessianProducts, k: int, tol: float, by: Optimizer | None, seed: int, progress: Progress | None
+) -> dict[str, Block]:
     """See `Hessian.blocks`."""
     layers: dict[str, list[torch.nn.Parameter]] = {}
     for name, param in zip(hessian.names, hessian.params, strict=True):
@@ -78,7 +82,8 @@ def blocks(hessian: HessianProducts, k: int, tol: float, seed: int, progress: Pr
             layers.setdefault(name.rpartition(".")[0] or name, []).append(param)
     result = {}
     for layer, params in layers.items():
-        block = hessian.restricted(params)
+        own = hessian.restricted(params)
+        block = own if by is None else preconditioned(own, by)
         most = min(k, block.shape[0])
         values = block.eigenvalues(most, seed=seed, progress=progress)
         result[layer] = Block(block.shape[0], values, block.trace(tol, seed=seed, progress=progress))

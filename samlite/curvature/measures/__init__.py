@@ -1,0 +1,1 @@
+"""Sharpness as the literature measures it: a function a measure, each with its definition, source and cost."""
