@@ -225,10 +225,17 @@ def seed_option(command: Command) -> Command:
     return click.option("--seed", type=int, default=0, show_default=True, help=OPTIONS["seed"].help)(command)
 
 
-def track_option(command: Command) -> Command:
-    """How many eigenvalues are followed in training."""
-    row = OPTIONS["track"]
-    return click.option("--track", type=click.IntRange(min=1), metavar=row.metavar, help=row.help)(command)
+def track_options(command: Command) -> Command:
+    """What is followed in training."""
+
+    def integer(name: str) -> Callable[[Command], Command]:
+        row = OPTIONS[name]
+        flag = f"--{name.replace('_', '-')}"
+        return click.option(flag, type=click.IntRange(min=1), metavar=row.metavar, help=row.help)
+
+    row = OPTIONS["track_measures"]
+    names = click.option("--track-measures", metavar=row.metavar, help=row.help)
+    return _with(command, [integer("track"), names, integer("track_every")])
 
 
 def read_recipe(path: Path | None) -> dict[str, Any]:

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of every minimum: eigenvalues, moments (of the samples' Hessians), or none.",
 )
-@options.track_option
+@options.track_options
 @click.option("--jobs", type=int, help="Runs at once; default as many as the cores allow, or one a GPU.")
 @click.option(
     "--engine",

@@ -20,7 +20,7 @@ from samlite.cli.options import (
     run_options,
     seed_option,
     task_argument,
-    track_option,
+    track_options,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ SHOWN = (  # of a result
     show_default=True,
     help="Of the minimum: eigenvalues, moments (of the samples' Hessians), or none.",
 )
-@track_option
+@track_options
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; default runs/TASK-OPTIMIZER-wN-sN.")
 @click.option("--resume/--no-resume", default=True, help="Continue what is in the folder, or insist on an empty one.")
 @json_option
@@ -117,14 +117,16 @@ def _train(settings: "Config", folder: Path, resume: bool, bar: Progress) -> Non
 
 
 def _sharpness(record: "EpochRecord") -> str:
-    """The largest eigenvalue where it is tracked, beside the threshold of gradient descent."""
+    """What is tracked, the largest eigenvalue beside the threshold of gradient descent."""
     from samlite.training.session import TrackedRecord
 
     if not isinstance(record, TrackedRecord):
         return ""
     largest = record.eigenvalues[0]
     value = "not converged" if largest is None else f"{largest:.3g}"
-    return f", λ {value} (2/lr {2 / record.lr:.3g})"
+    found = {name: value for name, value in (record.measures or {}).items() if value is not None}
+    others = "".join(f", {name} {value:.3g}" for name, value in found.items())
+    return f", λ {value}{others or f' (2/lr {2 / record.lr:.3g})'}"
 
 
 def draw(settings: "Config", folder: Path) -> None:
@@ -135,7 +137,7 @@ def draw(settings: "Config", folder: Path) -> None:
     path = folder / TRACK
     if path.exists():
         return
-    records = read_records(folder, "epoch", "lr", "eigenvalues")
+    records = read_records(folder, "epoch", "lr", "steps", "eigenvalues")
     try:
         draw_track(records, path, f"{settings.task}, {settings.name}: sharpness along training")
     except ImportError as error:

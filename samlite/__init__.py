@@ -19,9 +19,12 @@ if TYPE_CHECKING:
         Footprint,
         Measure,
         Moments,
+        SampleSpectra,
         Sharpness,
         Stability,
+        Surface,
     )
+    from samlite.curvature.surfaces import surface
     from samlite.curvature.tracking import Tracker
     from samlite.errors import UsageError
     from samlite.optim.sam import SAM
@@ -46,13 +49,16 @@ __all__ = [
     "Operator",
     "RhoScheduler",
     "SAMPa",
+    "SampleSpectra",
     "Sharpness",
     "Stability",
+    "Surface",
     "Tracker",
     "UsageError",
     "__version__",
     "edges",
     "integrations",
+    "surface",
 ]
 
 _HOME = {
@@ -66,6 +72,9 @@ _HOME = {
     "Edge": "samlite.curvature.edges",
     "edges": "samlite.curvature.edges",
     "Measure": "samlite.curvature.results",
+    "SampleSpectra": "samlite.curvature.results",
+    "Surface": "samlite.curvature.results",
+    "surface": "samlite.curvature.surfaces",
     "Tracker": "samlite.curvature.tracking",
     "Moments": "samlite.curvature.results",
     "Operator": "samlite.curvature.operator",

@@ -49,6 +49,7 @@ COUNT = Kind("an integer >= 1", lambda value: _is_whole(value, 1))
 AMOUNT = Kind("an integer >= 0", lambda value: _is_whole(value, 0))
 NUMBERS = Kind("a list of numbers", lambda value: _are_numbers(value, gaps=False))
 GAPPED = Kind("a list of numbers or nulls", lambda value: _are_numbers(value, gaps=True))
+MAYBE = Kind("a number or null", lambda value: value is None or _is_number(value))
 BY_ORDER = Kind("numbers >= 0 or null by their order", _are_by_order)
 
 

@@ -7,7 +7,7 @@ squared error. The outputs are what ``model(...)`` returns when `loss_fn` calls 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Literal
@@ -112,12 +112,11 @@ class Curves:
             return self._c.gradient(total, params), total.detach(), weight
         return self._c.gauss_newton(total, outputs, leaves, params), total.detach(), weight
 
-    def product(self, batch: Any, v: Tensor) -> Tensor:
-        """The product of a batch's mean loss's matrix with a vector: (p,)."""
+    def multiplier(self, batch: Any) -> Callable[[Tensor], Tensor]:
+        """Multiplies vectors (p,) by the matrix of a batch's mean loss, through one graph."""
         graph, _, weight = self.whole(batch)
         mean = self._c.batch_hessian(graph, weight, True, self.losses.parameters)
-        product: Tensor = mean(v, 1)[0] / weight
-        return product
+        return lambda v: mean(v, 1)[0] / weight
 
     def bytes(self, batch: Any, graph: Any) -> int:
         """What the graph of a batch keeps in memory; batches of the same shapes have graphs of the same size."""

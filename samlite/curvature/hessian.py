@@ -15,9 +15,10 @@ from samlite.curvature.moments import moments
 from samlite.curvature.operator import Operator
 from samlite.curvature.preconditioner import preconditioned
 from samlite.curvature.products import HessianProducts
-from samlite.curvature.results import Block, Measure, Moments, Sharpness, Stability
+from samlite.curvature.results import Block, Measure, Moments, SampleSpectra, Sharpness, Stability
 from samlite.curvature.samples import Unit
 from samlite.curvature.sharpness import blocks, sharpness
+from samlite.curvature.spectra import spectra
 from samlite.curvature.stability import stability
 from samlite.errors import require
 
@@ -156,8 +157,20 @@ class Hessian(HessianProducts):
         require(0 < radius < math.inf, f"radius must be > 0, got {radius}")
         require(isinstance(batch_size, int) and batch_size >= 1, f"batch_size must be >= 1, got {batch_size}")
         require(isinstance(k, int) and k >= 1, f"k must be >= 1, got {k}")
-        point = Point(self, optimizer, lr, rho, radius, batch_size, k, tol, other, seed)
+        point = Point(self, optimizer, lr, rho, radius, batch_size, k=k, tol=tol, other=other, seed=seed)
         return measures(names_of(names), point, progress)
+
+    def sample_eigenvalues(
+        self, count: int = 256, tol: float = 1e-2, *, seed: int = 0, progress: Progress | None = None
+    ) -> SampleSpectra:
+        """The largest eigenvalue of each of `count` samples' own Hessians: about 10 products of a single sample each.
+
+        Samples of a pair are drawn by the seed; of batches they are the first ones. `progress` is called with their
+        number.
+        """
+        require(isinstance(count, int) and count >= 1, f"count must be >= 1, got {count}")
+        require(0 < tol < 1, f"tol must be between 0 and 1, got {tol}")
+        return spectra(self, count, tol, seed, progress)
 
     def sharpness(self, tol: float = 0.05, *, seed: int = 0, progress: Progress | None = None) -> Sharpness:
         """Worst-, ascent- and average-direction sharpness; `tol` is that of the trace.

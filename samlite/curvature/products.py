@@ -110,6 +110,11 @@ class HessianProducts(Operator):
             return sums / weights
 
     @property
+    def model(self) -> nn.Module:
+        """The module whose loss is measured, without wrappers."""
+        return self._losses.model
+
+    @property
     def data(self) -> Data:
         """What the loss is averaged over."""
         data: Data = self._losses.data

@@ -226,3 +226,34 @@ class Measure(Result):
     matvecs: int
     gradient_evaluations: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class SampleSpectra(Result):
+    """The largest eigenvalues of single samples' Hessians."""
+
+    values: Tensor
+    """The largest eigenvalue of each sample's own Hessian (samples,), float64 on the host."""
+    errors: Tensor
+    """The error bounds (samples,)."""
+    converged: bool
+    """Whether every one is as exact as asked."""
+    matvecs: int
+    gradient_evaluations: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Surface:
+    """The loss along a line, or over a plane, through the weights of a network."""
+
+    axis: Tensor
+    """The places (points,) along the direction, and of a plane along both: 0 is the network, 1 the other one."""
+    losses: Tensor
+    """The mean loss there: (points,), or (points, points) with the first direction in rows."""
+    accuracy: Tensor | None
+    """The accuracy likewise; None unless asked for."""
+    barrier: float | None
+    """Of a line to another network: how far the loss rises above the line between both ends."""
+    lengths: list[float]
+    """The Euclidean length of a step of 1 along each direction."""

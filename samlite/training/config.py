@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from samlite import tasks
+from samlite.curvature.tracking import followed
 from samlite.errors import UsageError
 from samlite.files import described
 from samlite.training.options import BASES, CONDITIONS, FAMILY, FLOATS, OPTIMIZERS, OPTIONS, Choice, Number
@@ -81,6 +82,10 @@ class Config:
     """Whether the network's first-order expansion about its first weights is trained."""
     track: int = 0
     """How many of the largest Hessian eigenvalues are recorded after every epoch."""
+    track_measures: str = ""
+    """The measures that are recorded beside them, by name: "batch,critical", or "all" that can be followed."""
+    track_every: int = 0
+    """Steps after which they are recorded within an epoch, too; 0 for its end alone."""
 
     def __post_init__(self) -> None:
         task = tasks.get(self.task)
@@ -92,6 +97,7 @@ class Config:
             option.check(name, getattr(self, name), self.optimizer)
         check_device(self.device)
         self._check_together()
+        self._check_tracking()
         self._check_applies(task)
 
     def _check_together(self) -> None:
@@ -112,6 +118,29 @@ class Config:
             raise UsageError(f"momentum must be 0 for {self.base}, got {self.momentum}; it belongs to sgd")
         if self.schedule != "step" and self.milestones:
             raise UsageError(f"milestones must go with the step schedule, got {self.schedule}")
+
+    def _check_tracking(self) -> None:
+        """Raise UsageError unless measures are tracked beside eigenvalues, and apply to the optimizer."""
+        for name in ("track_measures", "track_every"):
+            if getattr(self, name) and not self.track:
+                raise UsageError(f"{name} must go with track, got {getattr(self, name)}; add --track 1")
+        if not isinstance(self.track_measures, str):
+            raise UsageError(f"track_measures must be names, got {described(self.track_measures)}")
+        asked = followed(self.track_measures) if self.track_measures != "all" else []
+        if "preconditioned" in asked and self.base == "sgd":
+            raise UsageError("track_measures must apply, got preconditioned with sgd; use optimizer or base adam")
+        if "sam-edge" in asked and (not self.rho or self.base != "sgd"):
+            raise UsageError("track_measures must apply, got sam-edge without SAM around sgd; use optimizer sam")
+
+    def tracked_measures(self) -> list[str]:
+        """The measures that are recorded; of all, those that apply to the optimizer."""
+        names = followed(self.track_measures)
+        if self.track_measures != "all":
+            return names
+        absent = {"sharpness"} | ({"preconditioned"} if self.base == "sgd" else set())
+        if not self.rho or self.base != "sgd":
+            absent.add("sam-edge")
+        return [name for name in names if name not in absent]
 
     def _check_applies(self, task: tasks.Task) -> None:
         """What is asked for must be something that the task has."""

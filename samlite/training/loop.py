@@ -60,6 +60,7 @@ def _run_epoch(session: Session, epoch: int) -> list[Tensor]:
             for group in optimizer.param_groups:
                 group["rho"] = config.rho if (session.steps + len(losses)) % config.every == 0 else 0.0
             losses.append(optimizer.step(*closures).detach())
+            session.track(session.steps + len(losses))
     return losses
 
 

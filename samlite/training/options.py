@@ -111,7 +111,7 @@ class Settings:
 
 
 Kind = Integer | Number | Numbers | Choice | Flag | Text | Settings
-Group = Literal["run", "recipe", "process", "seed"]
+Group = Literal["run", "recipe", "process", "seed", "track"]
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,11 @@ OPTIONS: dict[str, Option] = {
     ),
     "sync_batch_norm": Option(Flag(), "Under torchrun: statistics over all GPUs.", "process", in_recipe=True),
     "seed": Option(Integer(), "Of the initial weights and the order of batches.", "seed", swept=True),
-    "track": Option(Integer(), "Record the top K Hessian eigenvalues an epoch.", "seed", metavar="K"),
+    "track": Option(Integer(), "Record the top K Hessian eigenvalues an epoch.", "track", metavar="K"),
+    "track_measures": Option(
+        Text(), "Beside --track: batch, critical, edge and others (see docs/measures.md), or all.", "track", "NAME,..."
+    ),
+    "track_every": Option(Integer(), "Record also after every N steps within an epoch.", "track", metavar="N"),
 }
 OPTIMIZER_OPTIONS = ("optimizer", *(name for name, option in OPTIONS.items() if option.only != OPTIMIZERS))
 """The options in which a run may differ from that of its base optimizer."""

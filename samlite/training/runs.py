@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from samlite.data.noise import noisy
-from samlite.documents import AMOUNT, COUNT, GAPPED, NUMBER, POSITIVE, SWITCH, TEXT, Shape, check
+from samlite.documents import AMOUNT, COUNT, GAPPED, MAYBE, NUMBER, POSITIVE, SWITCH, TEXT, Shape, check
 from samlite.errors import UsageError
 from samlite.files import parse_json, read_json, regular
 from samlite.tasks import Splits, Task
@@ -51,7 +51,10 @@ _RECORD: Shape = {
     "seconds": POSITIVE,
     "eigenvalues": GAPPED,
     "products": AMOUNT,
+    "measures": {"*": MAYBE},
+    "errors": {"*": POSITIVE},
 }
+_WITHIN: Shape = {"step": COUNT, "lr": POSITIVE, "eigenvalues": GAPPED, "products": AMOUNT, "measures": {"*": MAYBE}}
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,11 @@ def check_records(records: Any, *needed: str) -> list[dict[str, Any]]:
     for epoch, record in enumerate(records, 1):
         try:
             check(record, _RECORD, needed)
+            within = record.get("between", [])
+            if not isinstance(within, list):
+                raise UsageError("between must be a list")
+            for part in within:
+                check(part, _WITHIN, ["step", "lr", "eigenvalues"])
         except UsageError as error:
             raise UsageError(f"of epoch {epoch}: {error}") from None
         if record.get("epoch", epoch) != epoch:

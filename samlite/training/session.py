@@ -63,6 +63,10 @@ class EpochRecord:
     gradient_evaluations: int  # so far: forward and backward passes over a batch
     seconds: float  # so far
 
+    def line(self) -> dict[str, Any]:
+        """Its fields, those that it has."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
 
 @dataclass(frozen=True)
 class TrackedRecord(EpochRecord):
@@ -70,6 +74,9 @@ class TrackedRecord(EpochRecord):
 
     eigenvalues: list[float | None]  # largest first; None for one that did not converge
     products: int  # Hessian-vector products that they took
+    measures: dict[str, float | None] | None = None  # by name; None for one that did not apply
+    errors: dict[str, float] | None = None  # of measures that are not exact
+    between: list[dict[str, Any]] | None = None  # what was tracked within the epoch: the same by `step`
 
 
 class Session:
@@ -89,7 +96,10 @@ class Session:
         self.scaler = scaler_of(config)
         self.optimizer = optimizer_of(self.model, config, self.scaler, forward)
         self.order = torch.Generator().manual_seed(config.seed)
-        self.tracker = _tracker(self.model, self.task, self.data.train, config) if config.track else None
+        self.tracker = (
+            _tracker(self.model, self.task, self.data.train, config, self.optimizer) if config.track else None
+        )
+        self._between: list[dict[str, Any]] = []
         self.records: list[EpochRecord] = []
         self.best: dict[str, Any] = {}
         if state:
@@ -114,7 +124,7 @@ class Session:
     def _begin(self, stopped: bool) -> None:
         """Write what a run's folder holds from the start."""
         if stopped:
-            write_lines(self.out / RECORDS, map(asdict, self.records))
+            write_lines(self.out / RECORDS, [record.line() for record in self.records])
         elif not (self.out / CONFIG).exists():
             write_json(self.out / CONFIG, {**self.config.to_json(), **_environment()})
         if self.config.label_noise and not (self.out / LABELS).exists():
@@ -145,7 +155,9 @@ class Session:
             raise TrainingError(
                 f"the loss is no longer finite in epoch {epoch} at lr {lr:g}; try a smaller lr, in another folder"
             )
-        tracked = distributed.broadcast(self.tracker.measure) if self.tracker else None
+        tracked = self._measured()
+        if tracked and self.config.track_every:
+            tracked["between"], self._between = self._between, []
         record = EpochRecord(
             epoch=epoch,
             train_loss=train.loss,
@@ -158,6 +170,17 @@ class Session:
             seconds=self._seconds_before + time.perf_counter() - self._started,
         )
         return TrackedRecord(**vars(record), **tracked) if tracked else record
+
+    def track(self, step: int) -> None:
+        """Measure within an epoch, after this step of the optimizer, where that is asked for."""
+        every = self.config.track_every
+        if every and step % every == 0:
+            lr = self.optimizer.param_groups[0]["lr"]
+            self._between.append({"step": step, "lr": lr, **(self._measured() or {})})
+
+    def _measured(self) -> dict[str, Any] | None:
+        """What is tracked, at the present weights, measured by the first process for all."""
+        return distributed.broadcast(self.tracker.measure) if self.tracker else None
 
     def _scores(self, data: Any) -> Scores:
         """The scores of the model, computed by the first process for all."""
@@ -179,7 +202,7 @@ class Session:
         ends = record.epoch == self.config.epochs or self._stalled(record.epoch + 1)
         if self.first and (ends or time.perf_counter() - self._saved > SAVE_EVERY):
             save_checkpoint(self.out / CHECKPOINT, self.state_dict())
-            write_lines(self.out / RECORDS, map(asdict, self.records))
+            write_lines(self.out / RECORDS, [record.line() for record in self.records])
             self._saved = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,7 +212,7 @@ class Session:
             "optimizer": self.optimizer.state_dict(),
             **({"scaler": self.scaler.state_dict()} if self.scaler else {}),
             "order": self.order.get_state(),
-            "records": [asdict(record) for record in self.records],
+            "records": [record.line() for record in self.records],
             "best": self.best,
             **({"tracker": self.tracker.state_dict()} if self.tracker else {}),
         }
@@ -303,12 +326,13 @@ def _held_out(data: Any, batch_size: int, order: torch.Generator) -> Callable[[]
     return draw
 
 
-def _tracker(model: nn.Module, task: Task, data: Any, config: Config) -> Tracker:
+def _tracker(model: nn.Module, task: Task, data: Any, config: Config, optimizer: torch.optim.Optimizer) -> Tracker:
     parameters = parameter_count(model)
     if config.track > parameters:
         raise UsageError(f"track must be <= the number of parameters, {parameters}, got {config.track}")
     samples, _ = task.subsample(model, data, SAMPLES, config.seed)
-    return Tracker(Hessian(model, task.loss, samples), config.track)
+    hessian, names = Hessian(model, task.loss, samples), config.tracked_measures()
+    return Tracker(hessian, config.track, names, optimizer, batch_size=config.batch_size)
 
 
 def _environment() -> dict[str, Any]:

@@ -178,7 +178,7 @@ def test_the_files_of_a_run_agree_with_each_other(tmp_path: Path) -> None:
     config = digits(width=32, epochs=6)
     records = list(train(config, tmp_path))
     assert Config.from_json(json.loads((tmp_path / "config.json").read_text()), "config.json") == config
-    assert metrics(tmp_path) == [vars(record) for record in records]
+    assert metrics(tmp_path) == [record.line() for record in records]
     end = result(tmp_path)
     best = max(records, key=lambda record: (record.validation_metric, -record.validation_loss))
     assert end["best"]["epoch"] == best.epoch and end["best"]["validation_metric"] == best.validation_metric
@@ -359,7 +359,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, damage: str
 def test_tracked_eigenvalues_agree_with_a_cold_verified_measurement_at_the_final_weights(tmp_path: Path) -> None:
     pytest.importorskip("samlite._C")
     records = list(train(digits(track=3), tmp_path))
-    assert metrics(tmp_path) == [vars(record) for record in records]
+    assert metrics(tmp_path) == [record.line() for record in records]
     run = load_run(tmp_path)
     pair = run.data.train.inputs, run.data.train.targets
     cold = Hessian(run.model, run.task.loss, pair).eigenvalues(3, tol=1e-5, verify=True, seed=1)
@@ -380,7 +380,7 @@ def test_tracking_changes_neither_the_training_nor_the_files_without_it(tmp_path
     assert [{k: v for k, v in line.items() if k not in added} for line in tracked["metrics.jsonl"]] == without[
         "metrics.jsonl"
     ]
-    assert set(tracked["checkpoint.pt"]["tracker"]) == {"vectors", "outsider"}
+    assert set(tracked["checkpoint.pt"]["tracker"]) == {"vectors", "outsider", "turning"}
 
 
 def test_a_tracked_run_is_another_run_than_one_without(tmp_path: Path) -> None:

@@ -90,10 +90,10 @@ def pac_bayes(point: Point) -> Value:
 
 
 def _accuracy(moved: Moved, step: Tensor | None) -> float:
-    return moved.mean(lambda batch: _correct(moved.losses, batch), step)
+    return moved.mean(lambda batch: correct(moved.losses, batch), step)
 
 
-def _correct(losses: Any, batch: Any) -> tuple[Tensor, float]:
+def correct(losses: Any, batch: Any) -> tuple[Tensor, float]:
     """(How many labels of a batch the largest output hits, their number)."""
     if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
         raise UsageError("needs (inputs, labels) as data")

@@ -41,6 +41,8 @@ class Point:
     given_rho: float | None = None
     radius: float = 0.05
     batch_size: int = 128
+    batches: int = 1000
+    """The most batches that a mean over them takes."""
     k: int = 5
     tol: float = 1e-3
     other: HessianProducts | None = None

@@ -15,7 +15,7 @@ from samlite.curvature.probes import standard_errors
 from samlite.errors import require
 
 _EXACT = 0.005  # the relative standard error at which batches are enough
-_FIRST, _MOST = 20, 1000  # batches
+_FIRST = 20  # batches
 _RISES = 1 / 16  # the relative distance of two steps between which the loss starts to rise
 _DOUBLINGS = 60
 
@@ -60,7 +60,7 @@ def _batches(point: Point) -> Iterator[Any]:
         if size == n:  # the only one there is, twice
             yield from [data, data]
             return
-        for _ in range(_MOST):
+        for _ in range(point.batches):
             chosen = torch.randperm(n, generator=generator)[:size].to(data[0].device)
             yield data[0][chosen], data[1][chosen.to(data[1].device)]
         return
@@ -88,7 +88,7 @@ def _quotient(curves: Curves, batch: Any) -> Tensor:
         product = torch.cat([part.reshape(-1) for part in second])
     else:
         losses.forget()
-        product = curves.product(batch, g)
+        product = curves.multiplier(batch)(g)
     return g.dot(product) / g.dot(g)
 
 
@@ -101,9 +101,15 @@ def directional(point: Point) -> Value:
     update, _ = point.update
     size = update.abs().max()
     update = update / size  # squares of small ones underflow
-    slope = float(update.double().dot(point.gradient.double()))
-    require(slope != 0, "the next update is orthogonal to the gradient")
+    slope = _slope(point, update)
     return Value(float(size * update.double().dot((point.hessian @ update).double())) / slope, matvecs=1)
+
+
+def _slope(point: Point, update: Tensor) -> float:
+    """How fast the loss falls along the next update. Raises UsageError where it does not."""
+    slope = float(update.double().dot(point.gradient.double()))
+    require(slope > 0, "the next update points uphill, as momentum may")
+    return slope
 
 
 def critical(point: Point) -> Value:
@@ -114,7 +120,8 @@ def critical(point: Point) -> Value:
     forward.
     """
     update, lr = point.update
-    start = point.moved.loss()
+    start, slope = point.moved.loss(), _slope(point, update)
+    rounding = 8 * torch.finfo(update.dtype).eps * abs(start)
 
     def rises(step: float) -> bool:
         value = point.moved.loss(update * -step)
@@ -126,6 +133,7 @@ def critical(point: Point) -> Value:
         high = step
         for _ in range(_DOUBLINGS):
             step /= 2
+            require(step * slope > rounding, "the loss along the next update changes by no more than rounding")
             if not rises(step):
                 low = step
                 break

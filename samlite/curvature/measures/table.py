@@ -90,14 +90,25 @@ MEASURES: dict[str, Row] = {
 }
 
 
-def names_of(names: str | Iterable[str]) -> list[str]:
-    """The measures that are asked for, "all" for every one. Raises UsageError for one that there is not."""
+def live() -> list[str]:
+    """The measures that can be followed along training."""
+    return [name for name, row in MEASURES.items() if row.live]
+
+
+def names_of(names: str | Iterable[str], known: Iterable[str] = tuple(MEASURES)) -> list[str]:
+    """The measures that are asked for, "all" for every known one. Raises UsageError for one that there is not."""
+    known = list(known)
     asked = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-    found = [name for part in asked for name in (MEASURES if part == "all" else [part])]
+    found = [name for part in asked for name in (known if part == "all" else [part])]
     for name in found:
-        require(name in MEASURES, f"measures must be of {', '.join(MEASURES)}, or all, got {name!r}")
+        require(name in known, f"measures must be of {', '.join(known)}, or all, got {name!r}")
     require(bool(found), "measures must be named, got none")
     return list(dict.fromkeys(found))
+
+
+def value_of(name: str, point: Point) -> Value:
+    """One measure. Raises UsageError where it does not apply."""
+    return MEASURES[name].run(point)
 
 
 def measures(names: Iterable[str], point: Point, progress: Callable[[str], None] | None = None) -> dict[str, Measure]:
@@ -108,7 +119,7 @@ def measures(names: Iterable[str], point: Point, progress: Callable[[str], None]
             progress(name)
         began, before = time.perf_counter(), point.__dict__.get("top")
         try:
-            found = MEASURES[name].run(point)
+            found = value_of(name, point)
         except UsageError as error:
             found = Value(math.nan, math.nan, note=str(error))
         paid = before is not None and found.matvecs == before.matvecs  # by an earlier one
