@@ -11,7 +11,7 @@ from samlite.files import replaceable
 if TYPE_CHECKING:
     from samlite.training.measurements import Subject
 
-FIGURE = "density.png"  # in a run's folder
+FIGURES = {"density": "density.png", "spectra": "spectra.png"}  # in a run's folder
 
 
 @dataclass
@@ -41,6 +41,9 @@ class Asked:
     loss: str | None
     weights: str | None
     save_vectors: Path | None
+    literature: str | None
+    radius: float
+    other: Path | None
     measures: list[str]
 
     @property
@@ -55,6 +58,15 @@ class Asked:
         """Whether the measurement is that of the run, and exact enough to keep."""
         whole = self.which == "LA" and self.params is None and self.samples is None and self.mode == "eval"
         return self.of_run and whole and self.products == "autograd" and self.tol <= 1e-3
+
+    @property
+    def named(self) -> list[str]:
+        """The names of --measures."""
+        if self.literature is None:
+            return []
+        from samlite.curvature.measures.table import names_of
+
+        return names_of(self.literature)
 
     def check(self) -> None:
         """Raise UsageError for options and files that cannot be, before the work."""
@@ -89,13 +101,15 @@ class Asked:
 def _check_numbers(asked: Asked) -> None:
     if asked.samples is not None and asked.samples < 1:
         raise UsageError(f"--samples must be >= 1, got {asked.samples}")
-    for name, value, needed in (
-        ("--lr", asked.lr, "stability"),
-        ("--rho", asked.rho, "stability"),
-        ("--figure", asked.figure, "density"),
-    ):
-        if value is not None and needed not in asked.measures:
-            raise UsageError(f"{name} must go with --{needed}, got {value}; leave it out, or add --{needed}")
+    if asked.figure is not None and "density" not in asked.measures:
+        raise UsageError(f"--figure must go with --density, got {asked.figure}; leave it out, or add --density")
+    for name, value in (("--lr", asked.lr), ("--rho", asked.rho)):
+        if value is not None and "stability" not in asked.measures and asked.literature is None:
+            raise UsageError(f"{name} must go with --stability, got {value}; leave it out, or add --stability")
+    if asked.other is not None and "overlap" not in asked.named:
+        raise UsageError(f"--other must go with --measures overlap, got {asked.other}; leave it out, or add it")
+    if not 0 < asked.radius < math.inf:
+        raise UsageError(f"--radius must be > 0, got {asked.radius}")
     if asked.lr is not None and not 0 < asked.lr < math.inf:
         raise UsageError(f"--lr must be > 0, got {asked.lr}")
     if asked.rho is not None and not 0 <= asked.rho < math.inf:
@@ -118,7 +132,8 @@ def _check_files(asked: Asked) -> None:
 
     if asked.of_run:
         read_sharpness(asked.source)
-        replaceable(asked.source / FIGURE)
+        for name in FIGURES.values():
+            replaceable(asked.source / name)
     for name, path in (("--figure", asked.figure), ("--save-vectors", asked.save_vectors)):
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"{name} must be in a folder that exists, got {path}; make {path.parent}")

@@ -11,6 +11,7 @@ import click
 from samlite import __version__
 from samlite.cli.report import report
 from samlite.cli.sharpness import sharpness
+from samlite.cli.surface import surface
 from samlite.cli.sweep import sweep
 from samlite.cli.tasks import tasks
 from samlite.cli.train import train
@@ -44,7 +45,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (tasks, train, sharpness, sweep, report):
+for command in (tasks, train, sharpness, surface, sweep, report):
     cli.add_command(command)
 
 

@@ -11,7 +11,7 @@ from samlite.report.table import Table
 
 if TYPE_CHECKING:
     from samlite.curvature.hessian import Hessian
-    from samlite.curvature.results import Block, Density, Moments, Result, Stability
+    from samlite.curvature.results import Block, Density, Measure, Moments, Result, SampleSpectra, Stability
 
 Row = tuple[str, str, str, str]
 """Name, value, ±, meaning."""
@@ -29,7 +29,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Measure:
+class Flag:
     """One option of the command."""
 
     help: str
@@ -93,6 +93,22 @@ def _notes(values: Mapping[str, Any]) -> Iterator[str]:
         yield from (f"{name} not to 5 %" for name, result in values["trace"].items() if not result.converged)
 
 
+def literature_table(found: "Mapping[str, Measure]") -> Table:
+    """The measures that apply, a line each, and below why the others do not."""
+    kinds = {"exact": "", "bound": "bound", "standard error": "std. error", "at least": "at least"}
+    rows, notes = [], []
+    for name, one in found.items():
+        if math.isnan(one.value):
+            notes.append(f"{name}: {one.note}")
+            continue
+        error = f"{one.error:.1g}" if one.error and not math.isnan(one.error) else ""
+        about = f"{one.meaning} ({one.note})" if one.note else one.meaning
+        cost = f"{one.gradient_evaluations:.0f}"
+        rows.append([name, f"{one.value:.4g}", error, kinds[one.kind], cost, about])
+    columns = ("measure", ">value", ">±", "", ">gradients", "meaning")
+    return Table("sharpness as the literature measures it", columns, rows, notes=notes)
+
+
 # --- Each measure
 
 
@@ -150,6 +166,15 @@ def _density_rows(density: "Density") -> Iterator[Row]:
         yield name, f"{100 * float(each.mean()):.2f} %", f"{100 * spread:.1g}", meaning
 
 
+def _spectra_rows(spectra: "SampleSpectra") -> Iterator[Row]:
+    values = spectra.values
+    for name, share in (("median sample", 0.5), ("95 % of samples", 0.95), ("largest sample", 1.0)):
+        which = int(round(share * (len(values) - 1)))
+        value, place = values.sort().values[which], values.argsort()[which]
+        meaning = f"largest eigenvalue of a sample's own Hessian, of {len(values)}"
+        yield name, f"{float(value):.4g}", f"{float(spectra.errors[place]):.1g}", meaning
+
+
 def _blocks_parts(blocks: "Mapping[str, Block]") -> "dict[str, Result]":
     traces = {f"trace of {layer}": block.trace for layer, block in blocks.items()}
     return {**traces, **{f"largest eigenvalue of {layer}": block.eigenvalues for layer, block in blocks.items()}}
@@ -165,30 +190,35 @@ def _blocks_table(blocks: "Mapping[str, Block]") -> Table:
 
 
 MEASURES = {
-    "moments": Measure(
+    "moments": Flag(
         "Also the non-uniformity s_2, s_3, s_4 of the samples' Hessians.",
         lambda hessian, how: hessian.moments(unit=how.unit, tol=how.tol, progress=how.progress),
         _moments_rows,
         to_tol=True,
     ),
-    "stability": Measure(
+    "stability": Flag(
         "Also whether SGD or SAM of --lr and --rho stays at this minimum.",
         lambda hessian, how: hessian.stability(how.lr or 0, how.rho, how.unit, tol=how.tol, progress=how.progress),
         _stability_rows,
         to_tol=True,
     ),
-    "trace": Measure(
+    "trace": Flag(
         "Also the trace, the Frobenius norm and the sharpness along the gradient.",
         _trace,
         _trace_rows,
         parts=lambda values: values,
     ),
-    "density": Measure(
+    "density": Flag(
         "Also the spectral density, as a figure.",
         lambda hessian, how: hessian.density(progress=how.progress),
         _density_rows,
     ),
-    "blocks": Measure(
+    "spectra": Flag(
+        "Also the largest eigenvalues of single samples' Hessians, as a figure.",
+        lambda hessian, how: hessian.sample_eigenvalues(progress=how.progress),
+        _spectra_rows,
+    ),
+    "blocks": Flag(
         "Also the largest eigenvalue and the trace of every layer.",
         lambda hessian, how: hessian.blocks(progress=how.progress),
         parts=_blocks_parts,

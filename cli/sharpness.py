@@ -1,5 +1,6 @@
 """`samlite sharpness`."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.text import Text
 
-from samlite.cli.asked import FIGURE, Asked
+from samlite.cli.asked import FIGURES, Asked
 from samlite.cli.console import print_json, progress, show_table, stdout, table
-from samlite.cli.measures import MEASURES, Settings, check_exact, measure_options, tables
+from samlite.cli.measures import MEASURES, Settings, check_exact, literature_table, measure_options, tables
 from samlite.cli.options import existing, json_option
 
 if TYPE_CHECKING:
     from samlite.curvature.hessian import Hessian
-    from samlite.curvature.results import Eigenvalues
+    from samlite.curvature.results import Eigenvalues, Measure
     from samlite.training.measurements import Subject
 
 
@@ -36,8 +37,16 @@ _FIELDS = [field.name for field in fields(Asked) if field.name not in ("source",
 @click.option("--tol", type=float, default=1e-3, show_default=True, help="Relative error of eigenvalues and moments.")
 @click.option("--verify/--no-verify", default=True, help="Search for eigenvalues that were missed.")
 @measure_options
-@click.option("--lr", type=float, help="For --stability; default that of the run.")
-@click.option("--rho", type=float, help="For --stability; default that of the run, else 0 (SGD).")
+@click.option(
+    "--measures",
+    "literature",
+    metavar="NAME,...",
+    help="Also sharpness as papers measure it: batch, critical, edge, worst and others (see docs/measures.md), or all.",
+)
+@click.option("--radius", type=float, default=0.05, show_default=True, help="Of --measures worst and average.")
+@click.option("--other", metavar="RUN", type=click.Path(path_type=Path), help="The run to overlap with.")
+@click.option("--lr", type=float, help="For --stability and --measures; default that of the run.")
+@click.option("--rho", type=float, help="For --stability and --measures; default that of the run, else 0 (SGD).")
 @click.option(
     "--unit",
     type=click.Choice(["sample", "batch"]),
@@ -105,6 +114,7 @@ def sharpness(source: Path, as_json: bool, **options: Any) -> None:
       samlite sharpness runs/digits-sgd-w64-s0 --top 1 --which SA --dtype float64
       samlite sharpness runs/digits-sgd-w64-s0 --moments --trace --density --blocks
       samlite sharpness runs/digits-sgd-w64-s0 --stability --curvature ggn
+      samlite sharpness runs/digits-sgd-w64-s0 --measures batch,critical,edge
       samlite sharpness resnet.pt --model nets:resnet20 --data nets:batches --top 10
       samlite sharpness gpt2/ --model hf: --data texts:batches --loss model
       torchrun --nproc-per-node 4 -m samlite.cli sharpness runs/digits-sgd-w64-s0 --moments
@@ -120,7 +130,7 @@ def sharpness(source: Path, as_json: bool, **options: Any) -> None:
 
     click.get_current_context().with_resource(distributed.joined())
     subject = asked.subject()
-    hessian, eigenvalues, more = _measure(asked, subject)
+    hessian, eigenvalues, more, found = _measure(asked, subject)
     if distributed.rank() > 0:  # the first process speaks for all
         return
     from samlite.training.measurements import as_record, document, keep
@@ -128,25 +138,29 @@ def sharpness(source: Path, as_json: bool, **options: Any) -> None:
     settings = {"mode": asked.mode, "dtype": asked.dtype, "curvature": asked.curvature}
     record = as_record(subject, eigenvalues, asked.which, measured_parameters=hessian.shape[0], **settings)
     record |= {name: document(value) for name, value in more.items()}
+    if found:
+        record["measures"] = {name: document(value) for name, value in found.items()}
     if "moments" in record:
         record["moments"]["dtype"] = asked.dtype
     if asked.kept:
         keep(source, record)
     if asked.save_vectors is not None:
         _save(asked.save_vectors, eigenvalues)
-    drawn = _draw(source, asked.figure, more.get("density"))
+    drawn = _draw(source, asked.figure, more)
     if as_json:
         print_json({**record, "gradient_evaluations": eigenvalues.gradient_evaluations})
     else:
         _show(source, record, eigenvalues)
         for values in tables(more):
             show_table(values)
-        if drawn:
-            stdout.print(Text(f"figure: {drawn}"))
+        if found:
+            show_table(literature_table(found))
+        for figure in drawn:
+            stdout.print(Text(f"figure: {figure}"))
     _check_exact(eigenvalues, more, asked)
 
 
-def _measure(asked: Asked, subject: "Subject") -> "tuple[Hessian, Eigenvalues, dict[str, Any]]":
+def _measure(asked: Asked, subject: "Subject") -> "tuple[Hessian, Eigenvalues, dict[str, Any], dict[str, Measure]]":
     """The matrix, its eigenvalues, and what else is asked of it, under a bar of products."""
     with progress() as bar:
         work = bar.add_task("measuring", total=None)
@@ -178,7 +192,25 @@ def _measure(asked: Asked, subject: "Subject") -> "tuple[Hessian, Eigenvalues, d
         more = {}
         for name in asked.measures:
             more[name] = MEASURES[name].run(hessian, how)
-    return hessian, eigenvalues, more
+        found = _found(asked, subject, hessian, lambda name: bar.update(work, description=f"products, {name}"))
+    return hessian, eigenvalues, more, found
+
+
+def _found(
+    asked: Asked, subject: "Subject", hessian: "Hessian", progress: Callable[[str], None]
+) -> "dict[str, Measure]":
+    """The --measures that are asked for."""
+    if not asked.named:
+        return {}
+    options: dict[str, Any] = {"radius": asked.radius, "batch_size": subject.batch_size, "k": asked.top}
+    if asked.other is not None:
+        from samlite.training.measurements import run_subject
+
+        options["other"] = run_subject(asked.other, asked.samples, asked.device).hessian(asked.dtype)
+    optimizer = subject.optimizer
+    if optimizer is not None and (asked.lr, asked.rho) != (subject.lr, subject.rho):
+        optimizer = None  # another one is asked about
+    return hessian.measures(asked.named, optimizer, asked.lr, asked.rho or None, **options, progress=progress)
 
 
 def _save(path: Path, eigenvalues: "Eigenvalues") -> None:
@@ -188,21 +220,24 @@ def _save(path: Path, eigenvalues: "Eigenvalues") -> None:
     save_tensors(path, {"values": eigenvalues.values, "vectors": eigenvalues.vectors.contiguous().cpu()})
 
 
-def _draw(source: Path, figure: Path | None, density: Any) -> Path | None:
-    """The figure of the density, unless there is no place for it or no matplotlib."""
-    path = figure or (source / FIGURE if source.is_dir() else None)
-    if density is None or path is None:
-        return None
+def _draw(source: Path, figure: Path | None, more: dict[str, Any]) -> list[Path]:
+    """The figures of what was measured, unless there is no place for them or no matplotlib."""
     from samlite.report.density import draw_density
+    from samlite.report.spectra import draw_spectra
 
-    try:
-        draw_density(density, path, str(source))
-    except ImportError as error:
-        if figure:
-            raise
-        click.echo(f"No {path.name}: {error}", err=True)
-        return None
-    return path
+    drawn = []
+    for name, own, draw in (("density", figure, draw_density), ("spectra", None, draw_spectra)):
+        path = own or (source / FIGURES[name] if source.is_dir() else None)
+        if more.get(name) is None or path is None:
+            continue
+        try:
+            draw(more[name], path, str(source))
+            drawn.append(path)
+        except ImportError as error:
+            if own:
+                raise
+            click.echo(f"No {path.name}: {error}", err=True)
+    return drawn
 
 
 def _check_exact(eigenvalues: "Eigenvalues", more: dict[str, Any], asked: Asked) -> None:

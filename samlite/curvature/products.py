@@ -160,7 +160,7 @@ class HessianProducts(Operator):
 
     def check_exact(self, what: str) -> None:
         """Raise UsageError where products are not those of autograd."""
-        require(self._how == "autograd", f"{what} needs products='autograd', got 'finite-difference'")
+        require(self._how == "autograd", f"products must be 'autograd' for {what}, got 'finite-difference'")
 
     def footprint(self, k: int = 1) -> Footprint:
         """The memory that k eigenvalues will take, after one product, which builds the graphs.

@@ -237,7 +237,7 @@ class SampleSpectra(Result):
     errors: Tensor
     """The error bounds (samples,)."""
     converged: bool
-    """Whether every one is as exact as asked."""
+    """Whether every error is at most tol times the largest value: of fitted samples little but rounding is left."""
     matvecs: int
     gradient_evaluations: float
     seconds: float

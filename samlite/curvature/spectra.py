@@ -32,13 +32,13 @@ def spectra(hessian: HessianProducts, count: int, tol: float, seed: int, progres
             operator = compiled().Callable(curves.multiplier(sample), like, hessian.shape[0])
             pairs = compiled().eigenpairs(operator, options, "LA", "lanczos")
             matvecs += pairs.matvecs
-            found.append([float(pairs.values[0]), float(pairs.errors[0]), float(pairs.converged)])
+            found.append([float(pairs.values[0]), float(pairs.errors[0])])
             if progress:
                 progress(i + 1, 0.0)
     require(bool(found), "data must hold at least one sample, got none")
-    values, errors, converged = torch.tensor(found, dtype=torch.float64, device="cpu").T
-    work = hessian.work(time.perf_counter() - began)
-    return SampleSpectra(values, errors, bool(converged.all()), matvecs, **work)
+    values, errors = torch.tensor(found, dtype=torch.float64, device="cpu").T
+    converged = bool((errors <= tol * values.abs().max()).all())
+    return SampleSpectra(values, errors, converged, matvecs, **hessian.work(time.perf_counter() - began))
 
 
 def _drawn(hessian: HessianProducts, count: int, seed: int) -> Iterator[Any]:

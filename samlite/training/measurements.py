@@ -19,7 +19,9 @@ from samlite.curvature.results import Eigenvalues
 from samlite.documents import ANSWER, BY_ORDER, GAPPED, NUMBERS, POSITIVE, SWITCH, TEXT, Shape, check
 from samlite.errors import UsageError
 from samlite.files import locked, read_json, write_json
-from samlite.training.runs import SHARPNESS, load_run
+from samlite.training.checkpoints import load_checkpoint
+from samlite.training.optimizer import optimizer_of
+from samlite.training.runs import CHECKPOINT, SHARPNESS, Run, load_run
 
 SAMPLES = 8192  # measured by default, as sharpness changes little beyond them
 
@@ -43,6 +45,9 @@ class Subject:
     available: int | None  # in the data
     lr: float | None = None  # that the run was trained with
     rho: float = 0.0
+    batch_size: int = 128
+    classes: bool = False  # whether targets are labels of classes
+    optimizer: torch.optim.Optimizer | None = None  # of the run, as its last step left it
 
     def hessian(self, dtype: str = "float32", **options: Any) -> Hessian:
         """The Hessian in this type; the data follow the model, and are shared out over the processes there are."""
@@ -56,9 +61,34 @@ def run_subject(folder: Path, samples: int | None = None, device: str | None = N
     run = load_run(folder, device)
     count = SAMPLES if samples is None else samples
     data, measured = run.task.subsample(run.model, run.data.train, count, run.config.seed)
+    available, config = max(measured, len(run.data.train)), run.config
     return Subject(
-        run.model, run.task.loss, data, measured, max(measured, len(run.data.train)), run.config.lr, run.config.rho
+        *(run.model, run.task.loss, data, measured, available, config.lr, config.rho, config.batch_size),
+        classes=bool(run.task.classes),
+        optimizer=_optimizer(run),
     )
+
+
+def _optimizer(run: Run) -> torch.optim.Optimizer | None:
+    """The optimizer of a run after its last step; None where its weights are those of an earlier epoch, or it is gone.
+
+    The learning rate is that of the last step.
+    """
+    path = run.folder / CHECKPOINT
+    if not path.is_file():
+        return None
+    state, weights = load_checkpoint(path), run.model.state_dict()
+    try:
+        kept = {name: tensor.to(weights[name].device) for name, tensor in state["model"].items()}
+        if not all(torch.equal(kept[name], weight) for name, weight in weights.items()):
+            return None
+        optimizer = optimizer_of(run.model, run.config, None)
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:  # damage shows as many kinds of error
+        raise UsageError(f"{path} is not a checkpoint of this run; delete it to measure without") from error
+    for group in optimizer.param_groups:
+        group["rho"] = run.config.rho  # also where the last step was a plain one
+    return optimizer
 
 
 def drawn(pair: tuple[Tensor, Tensor], count: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -32,5 +32,5 @@ def test_gauss_newton_matrices_of_samples():
 
 def test_finite_differences_are_refused():
     model, (x, y) = network(), samples(3)
-    with pytest.raises(UsageError, match="eigenvalues of single samples needs products='autograd'"):
+    with pytest.raises(UsageError, match="products must be 'autograd' for eigenvalues of single samples"):
         Hessian(model, CRITERION, (x, y), products="finite-difference").sample_eigenvalues()

@@ -42,7 +42,8 @@ def test_the_line_between_two_networks_and_its_barrier():
     (_, start), (_, end) = inside[0], inside[-1]
     assert found.barrier == pytest.approx(max(loss - ((1 - t) * start + t * end) for t, loss in inside), rel=1e-9)
     assert found.lengths[0] == pytest.approx(
-        sum(float((a - b).square().sum()) for a, b in zip(first.parameters(), second.parameters(), strict=True)) ** 0.5
+        sum(((a - b).square().sum().item()) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+        ** 0.5
     )
 
 
@@ -94,7 +95,9 @@ def test_accuracy_comes_along_and_weights_stay():
     model, (x, y) = network(), samples()
     before = [p.clone() for p in model.parameters()]
     done = []
-    found = surface(Hessian(model, CRITERION, (x, y)), other(), points=3, metric=True, progress=lambda *at: done.append(at))
+    found = surface(
+        Hessian(model, CRITERION, (x, y)), other(), points=3, metric=True, progress=lambda *at: done.append(at)
+    )
     at = found.axis.tolist().index(1.0)
     assert float(found.accuracy[at]) == pytest.approx(float((other()(x).argmax(1) == y).double().mean()))
     assert done[-1] == (len(found.axis), len(found.axis))
