@@ -70,6 +70,7 @@ class Asked:
 
     def check(self) -> None:
         """Raise UsageError for options and files that cannot be, before the work."""
+        _ = self.named
         _check_numbers(self)
         _check_checkpoint(self)
         _check_files(self)

@@ -106,7 +106,9 @@ def literature_table(found: "Mapping[str, Measure]") -> Table:
         cost = f"{one.gradient_evaluations:.0f}"
         rows.append([name, f"{one.value:.4g}", error, kinds[one.kind], cost, about])
     columns = ("measure", ">value", ">±", "", ">gradients", "meaning")
-    return Table("sharpness as the literature measures it", columns, rows, notes=notes)
+    title = "sharpness as the literature measures it"
+    narrow = Table(title, columns[:4], [row[:4] for row in rows], notes=notes)
+    return Table(title, columns, rows, notes=notes, narrow=narrow)
 
 
 # --- Each measure

@@ -13,7 +13,8 @@ import torch
 import samlite
 
 ROOT = Path(__file__).parent.parent
-README, RECIPES = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", Path("docs") / "recipes.md"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("recipes.md", "measures.md")]
 
 
 def python_blocks(text: str) -> list[str]:
@@ -23,7 +24,7 @@ def python_blocks(text: str) -> list[str]:
 BLOCKS = python_blocks(README)
 
 
-@pytest.mark.parametrize("block", [*BLOCKS, *python_blocks(RECIPES)])
+@pytest.mark.parametrize("block", [*BLOCKS, *(block for guide in GUIDES for block in python_blocks(guide))])
 def test_python_blocks_run(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "fully_shard" in block and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("fully_shard of this torch does not work on a CPU")
@@ -58,7 +59,9 @@ def test_commands_and_options_in_the_documents_exist() -> None:
 
     pages = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))]
     used = [
-        use for page in pages for use in re.findall(r"samlite (tasks|train|sharpness|sweep|report)([^\n`|]*)", page)
+        use
+        for page in pages
+        for use in re.findall(r"samlite (tasks|train|sharpness|surface|sweep|report)([^\n`|]*)", page)
     ]
     assert {name for name, _ in used} == set(cli.commands)
     for name, rest in used:

@@ -171,7 +171,7 @@ class Follower:
         return result, result.matvecs
 
     def _warm(self, matrix: Operator, start: Tensor) -> tuple[Eigenvalues, int]:
-        result = self._eigenvalues(matrix, start=start, verify=False, most=self.k + NEAR + 1)
+        result = self._eigenvalues(matrix, start=start, verify=False, max_matvecs=self.k + NEAR + 1)
         products, vectors = result.matvecs, result.vectors
         assert vectors is not None
         if products > self.k + NEAR or not result.converged:
@@ -199,11 +199,11 @@ class Follower:
             setattr(self, name, None if tensor is None else tensor.to(like.device))
         self.turning = bool(state["turning"])
 
-    def _eigenvalues(self, matrix: Operator, most: int | None = None, **options: Any) -> Eigenvalues:
+    def _eigenvalues(self, matrix: Operator, **options: Any) -> Eigenvalues:
         # The size of the basis is fixed, as the default depends on the free memory, and a resumed run must not.
         p = matrix.shape[0]
         basis = 2 * self.k + min(30, p + 2)
-        return matrix.eigenvalues(self.k, tol=ASKED, vectors=True, basis=basis, max_matvecs=most, **options)
+        return matrix.eigenvalues(self.k, tol=ASKED, vectors=True, basis=basis, **options)
 
     def _power_step(self, matrix: Operator, X: Tensor, last: float) -> Tensor | None:  # noqa: N803
         """A step beside the vectors X (p, k); returns its vector where that shows an eigenvalue beyond the last one."""

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from samlite import tasks
+from samlite.curvature.hessian import Hessian
+from samlite.curvature.surfaces import surface
 from samlite.errors import UsageError
 from samlite.intervals import Interval
 from samlite.report.canvas import colors, draw_curve, label_parameters, new_figure
@@ -26,8 +28,10 @@ from samlite.training import network
 from samlite.training.config import Config, task_of
 from samlite.training.measurements import sharpness
 from samlite.training.options import OPTIMIZER_OPTIONS
-from samlite.training.runs import final_network, read_result
+from samlite.training.runs import final_network, load_data, read_result
 from samlite.training.sparsity import masks_in
+
+BARRIER_POINTS, BARRIER_SAMPLES = 31, 1024  # along a line from -0.25 to 1.25, of training samples
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Solutions:
     travelled: Interval | None  # from the first weights
     relative: Interval | None  # the same over the norm of the first weights
     apart: Interval | None  # of SAM: from the base optimizer's solution of the same seed, where that interpolates too
+    barrier: Interval | None  # the rise of the training loss on the straight line between both
 
 
 def solutions(folder: Path | str) -> list[Solutions]:
@@ -80,16 +85,18 @@ def _solutions(
     metrics = [results[cell]["final"]["test_metric"] for cell in inside]
     sharp = [math.log(a) for cell in inside if (a := sharpness(folder / cell.name)) is not None and a > 0]
     base_of_seed, task = {cell.seed: cell for cell in base}, tasks.get(cells[0].task)
-    moved, shares, apart = [], [], []
+    moved, shares, apart, barriers = [], [], [], []
     for cell in inside:
         final = _final(cell, folder, data)
         weights, first = _flat(final), _flat(network.initial(task, cell, data, masks_in(final.state_dict())))
         moved.append(float(torch.dist(weights, first)))
         shares.append(moved[-1] / float(first.norm()))
         if cell.seed in base_of_seed:
-            other = _flat(_final(base_of_seed[cell.seed], folder, data))
+            base_network = _final(base_of_seed[cell.seed], folder, data)
+            other = _flat(base_network)
             if len(other) == len(weights):  # SNIP may choose other masks on another machine
                 apart.append(float(torch.dist(weights, other)))
+                barriers += _barrier(final, base_network, cell, folder)
     return Solutions(
         group=group,
         parameters=results[cells[0]]["parameters"],
@@ -101,7 +108,19 @@ def _solutions(
         travelled=Interval.of(moved),
         relative=Interval.of(shares),
         apart=Interval.of(apart),
+        barrier=Interval.of(barriers),
     )
+
+
+def _barrier(sam: nn.Module, base: nn.Module, cell: Config, folder: Path) -> list[float]:
+    """The barrier between two networks on at most 1,024 training samples; nothing for the same weights."""
+    task = task_of(cell)
+    samples, _ = task.subsample(sam, load_data(task, cell, folder / cell.name).train, BARRIER_SAMPLES, cell.seed)
+    try:
+        found = surface(Hessian(sam, task.loss, samples), base, points=BARRIER_POINTS)
+    except UsageError:
+        return []
+    return [] if found.barrier is None else [found.barrier]
 
 
 def _final(cell: Config, folder: Path, data: Splits) -> nn.Module:
@@ -124,7 +143,7 @@ def tables(results: Sequence[Solutions]) -> list[Table]:
         group_table(
             "interpolating solutions by width",
             results,
-            (">interpolate", ">test metric", ">spread", ">spread of ln a", ">‖w − w₀‖", ">to base"),
+            (">interpolate", ">test metric", ">spread", ">spread of ln a", ">‖w − w₀‖", ">to base", ">barrier"),
             lambda each: [
                 f"{each.interpolating} of {each.runs}",
                 interval(each.metric),
@@ -132,9 +151,11 @@ def tables(results: Sequence[Solutions]) -> list[Table]:
                 number(each.sharpness_spread),
                 interval(each.travelled),
                 interval(each.apart),
+                interval(each.barrier),
             ],
             "Spread: standard deviation over seeds. ‖w − w₀‖: from the first weights. To base: from SAM's solution to "
-            "that of its base optimizer, from the same first weights. ±: 95 % Student-t over seeds.",
+            "that of its base optimizer, from the same first weights; barrier: the rise of the training loss on the "
+            "straight line between both. ±: 95 % Student-t over seeds.",
         )
     ]
 

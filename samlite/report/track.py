@@ -16,6 +16,7 @@ _LABELS = {
     "edge": "edge of stability",
     "sam-edge": "SAM-edge",
 }
+_MANY = 100  # points from which on curves have no markers
 _THRESHOLDS = ("edge", "sam-edge")
 _COLORS = {"batch": "C1", "directional": "C2", "critical": "C4", "preconditioned": "C0", "alignment": "C5"}
 
@@ -91,7 +92,7 @@ def _draw(axes: Any, points: Sequence[Mapping[str, Any]], names: list[str]) -> N
         everything += values
         if name in _THRESHOLDS:
             style = "--" if name == "edge" else ":"
-            axes.plot(at, values, style, color="C3", linewidth=1.5, label=_LABELS[name])
+            axes.plot(at, values, style, color="C3", linewidth=1.5, label=_LABELS[name], zorder=5)
         else:
             axes.plot(at, values, "o-", color=_COLORS[name], markersize=2.5, linewidth=1.2, label=_LABELS[name])
     finite = [value for value in everything if not math.isnan(value)]
@@ -107,6 +108,8 @@ def _draw_eigenvalues(axes: Any, at: list[float], points: Sequence[Mapping[str, 
     curves = [list(map(_number, values)) for values in zip(*(point["eigenvalues"] for point in points), strict=True)]
     for i, curve in enumerate(curves):  # the largest on top
         style: dict[str, Any] = {"markersize": 4, "linewidth": 2} if i == 0 else {"markersize": 2, "linewidth": 1}
+        if len(at) > _MANY:
+            style["markersize"] = 0
         label = ("λ₁, the largest", "the next" if len(curves) > 2 else "λ₂")[i] if i < 2 else None
         axes.plot(at, curve, "o-", color="C0", alpha=1 if i == 0 else 0.4, label=label, zorder=3 - i, **style)
     return [value for curve in curves for value in curve]

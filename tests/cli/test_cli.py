@@ -106,6 +106,13 @@ BAD_CALLS = {
     "train --track x": "'x' is not a valid integer range",
     "train --width 8 --track 588": "track must be <= the number of parameters, 587, got 588",
     "sharpness thesis --lr 0.1": "--lr must go with --stability, got 0.1; leave it out, or add --stability",
+    "sharpness thesis --measures flatness": "measures must be of sharpness, edge, preconditioned,",
+    "sharpness thesis --measures worst --radius 0": "--radius must be > 0, got 0.0",
+    "sharpness thesis --other run": "--other must go with --measures overlap, got run; leave it out, or add it",
+    "train --track-measures batch": "track_measures must go with track, got batch; add --track 1",
+    "surface nowhere": "'nowhere' does not exist",
+    "surface thesis": "thesis must be the folder of a finished run; it has no result.json",
+    "surface thesis --figure no/x.png": "--figure must be in a folder that exists, got no/x.png; make no",
     "sharpness thesis --stability --lr -1": "--lr must be > 0, got -1.0",
     "sharpness thesis --density --figure x.foo": "--figure must end in .png, .pdf, .svg or .jpg, got x.foo",
     "sharpness thesis --save-vectors no/v": "--save-vectors must be in a folder that exists, got no/v; make no",
@@ -381,6 +388,38 @@ def test_sharpness_on_screen_says_what_each_number_means(cli: Cli, workplace: Pa
     out = cli("sharpness", "minimum", "--top", 1, "--curvature", "ggn", *options).out
     for word in ("Gauss-Newton", "s_4", "max lr", "SAM of rho 0.1", "trace", "Frobenius", "layer by layer"):
         assert word in out, out
+
+
+def test_measures_of_a_run_on_screen_and_as_json(cli: Cli, workplace: Path) -> None:
+    pytest.importorskip("samlite._C")
+    cli(*QUICK, "--out", "first")
+    cli(*QUICK, "--optimizer", "sam", "--out", "second")
+    names = "edge,batch,sam-edge,critical,overlap,pac-bayes"
+    ended = cli("sharpness", "second", "--top", 2, "--measures", names, "--other", "first")
+    assert ended.status == 0, ended.err
+    for word in ("sharpness as the literature measures it", "sam-edge", "std. error"):
+        assert word in ended.out, ended.out
+    document = json.loads(cli("sharpness", "first", "--top", 1, "--measures", "all", "--json").out)["measures"]
+    assert document["sam-edge"]["value"] is None and "needs rho" in document["sam-edge"]["note"]
+    assert document["edge"]["value"] == pytest.approx(2 * 1.9 / 0.05) and document["worst"]["kind"] == "at least"
+
+
+def test_a_surface_is_drawn_and_told(cli: Cli, workplace: Path) -> None:
+    pytest.importorskip("samlite._C")
+    pytest.importorskip("matplotlib")
+    cli(*QUICK, "--out", "first")
+    cli(*QUICK, "--optimizer", "sam", "--out", "second")
+    ended = cli("surface", "first", "--along", "second", "--points", 5)
+    assert ended.status == 0 and "barrier" in ended.out and "surface.png" in ended.out
+    assert (workplace / "first" / "surface.png").read_bytes().startswith(b"\x89PNG")
+    options = ("--plane", "--points", 3, "--along", "eigenvectors", "--figure", "plane.pdf", "--json")
+    document = json.loads(cli("surface", "first", *options).out)
+    assert len(document["losses"]) == 3 and document["barrier"] is None and document["figure"] == "plane.pdf"
+    assert cli("surface", "first", "--along", "sideways").err.startswith(
+        "Error: --along must be random, eigenvectors or"
+    )
+    spectra = cli("sharpness", "first", "--top", 1, "--spectra")
+    assert "median sample" in spectra.out and (workplace / "first" / "spectra.png").exists()
 
 
 @pytest.mark.parametrize("error", [KeyError("k"), IndexError("i"), RecursionError("r"), TypeError("t")])

@@ -370,6 +370,22 @@ def test_fisher_rao_norm_is_the_mean_square_of_slopes_along_the_weights(name):
     assert one("fisher-rao", model, x, y).value == pytest.approx(right, rel=1e-9)
 
 
+def test_fisher_rao_norm_of_a_relu_network_without_biases_has_a_closed_form():
+    """With L layers <w, dl/dw> = L <f, dl/df>, since f is homogeneous of degree 1 in each layer's weights."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Linear(4, 6, bias=False),
+        nn.ReLU(),
+        nn.Linear(6, 5, bias=False),
+        nn.ReLU(),
+        nn.Linear(5, 3, bias=False),
+    ]
+    model, (x, y) = nn.Sequential(*layers), samples()
+    f = model(x)
+    slopes = 3 * (f.softmax(1) * f).sum(1) - 3 * f[range(len(y)), y]
+    assert one("fisher-rao", model, x, y).value == pytest.approx(slopes.square().mean().item(), rel=1e-9)
+
+
 class Odd(nn.Module):
     """A weight that no per-sample rule covers, even as a copy."""
 

@@ -20,6 +20,7 @@ from samlite.training import session as training
 from samlite.training.checkpoints import load_weights
 from samlite.training.config import Config
 from samlite.training.loop import learning_rate, train
+from samlite.training.measurements import run_subject
 from samlite.training.runs import load_run
 from samlite.training.session import TrackedRecord, TrainingError
 
@@ -229,7 +230,8 @@ def test_a_batch_larger_than_the_data_is_full_batch_training(tmp_path: Path) -> 
     "choices",
     [{"optimizer": "sgd"}, {"optimizer": "adam"}, {"optimizer": "adamw", "schedule": "cosine"}]
     + [{"optimizer": "sam", "base": base} for base in ("sgd", "adam")]
-    + [{"optimizer": "sgd", "track": 2}],
+    + [{"optimizer": "sgd", "track": 2}]
+    + [{"optimizer": "sam", "base": "adam", "track": 1, "track_measures": "all", "track_every": 20}],
     ids=lambda choices: "-".join(map(str, choices.values())),
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
@@ -381,6 +383,51 @@ def test_tracking_changes_neither_the_training_nor_the_files_without_it(tmp_path
         "metrics.jsonl"
     ]
     assert set(tracked["checkpoint.pt"]["tracker"]) == {"vectors", "outsider", "turning"}
+
+
+@pytest.mark.parametrize("choices", [{"optimizer": "sam", "rho": 0.1}, {"optimizer": "adam"}])
+def test_measures_along_training_change_nothing_of_it(tmp_path: Path, choices: dict[str, Any]) -> None:
+    pytest.importorskip("samlite._C")
+    list(train(digits(**choices), tmp_path / "plain"))
+    tracking = {"track": 1, "track_measures": "all", "track_every": 10}
+    records = list(train(digits(**choices, **tracking), tmp_path / "tracked"))
+    plain, tracked = contents(tmp_path / "plain"), contents(tmp_path / "tracked")
+    assert plain["model.safetensors"] == tracked["model.safetensors"]
+    assert plain["result.json"] == tracked["result.json"]
+    last = records[-1]
+    assert isinstance(last, TrackedRecord) and last.measures and last.between
+    own = {"preconditioned"} if choices["optimizer"] == "adam" else {"sam-edge"}
+    assert set(last.measures) == {"edge", "batch", "directional", "critical", "alignment"} | own
+    assert [part["step"] % 10 for part in last.between] == [0] * len(last.between)
+    assert last.measures["edge"] == pytest.approx(38 / last.lr) or "sam-edge" in own
+
+
+def test_measures_at_the_end_of_training_are_those_of_the_finished_run(tmp_path: Path) -> None:
+    pytest.importorskip("samlite._C")
+    asked = "edge,directional,preconditioned,critical,alignment"
+    records = list(train(digits(optimizer="adam", track=1, track_measures=asked), tmp_path))
+    subject = run_subject(tmp_path)
+    found = subject.hessian().measures(asked, subject.optimizer, k=1)
+    last = records[-1]
+    assert isinstance(last, TrackedRecord) and last.measures
+    for name, value in last.measures.items():
+        if value is not None:
+            assert found[name].value == pytest.approx(value, rel=2e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("choices", "line"),
+    [
+        ({"track_measures": "batch"}, "track_measures must go with track, got batch; add --track 1"),
+        ({"track_every": 5}, "track_every must go with track, got 5; add --track 1"),
+        ({"track": 1, "track_measures": "worst"}, "measures must be of sharpness, edge, .*, got 'worst'"),
+        ({"track": 1, "track_measures": "preconditioned"}, "got preconditioned with sgd; use optimizer or base adam"),
+        ({"track": 1, "track_measures": "sam-edge"}, "got sam-edge without SAM around sgd; use optimizer sam"),
+    ],
+)
+def test_measures_that_cannot_be_tracked_are_refused_before_training(choices: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        digits(**choices)
 
 
 def test_a_tracked_run_is_another_run_than_one_without(tmp_path: Path) -> None:

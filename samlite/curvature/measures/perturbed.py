@@ -21,15 +21,15 @@ from samlite.errors import require
 
 Norm = Literal[2, "inf"]
 _STEPS = 20  # of APGD, as in the paper
-_MOMENTUM = 0.75
+_MOMENTUM, _GAIN = 0.75, 1e-6
 _FIRST, _MOST, _EXACT = 10, 200, 0.02  # pairs of random steps, and the relative standard error that is enough
 
 
 def worst(point: Point, norm: Norm = 2, adaptive: bool = False) -> Value:
     """The mean over groups of m = the batch size of the largest rise of their loss within the radius, by APGD.
 
-    The largest one that was found, so at least this. Starts are the exact gradient step and a random step, 20 steps
-    each. About 60 gradients and 40 passes forward over the data.
+    The largest one that was found, so at least this. Starts are the exact gradient step and a random step, each with
+    20 steps of APGD and up to 20 of linearised ascent. About 80 gradients and 80 passes forward over the data.
     """
     total = count = 0.0
     generator = point.generator()
@@ -91,10 +91,20 @@ class _Ascent:
         """The largest rise that two runs found; never negative, as a step of 0 is allowed."""
         zero = torch.zeros_like(self.scale)
         noise = torch.randn(len(zero), generator=generator, device="cpu", dtype=torch.float32).to(zero)
-        best = max(self._climb(zero), self._climb(self._projected(noise * self.radius)))
+        best = max(self._polished(*self._climb(start)) for start in (zero, self._projected(noise * self.radius)))
         return max(best - self.start, 0.0)
 
-    def _climb(self, u: Tensor) -> float:
+    def _polished(self, best: float, u: Tensor) -> float:
+        """Whole steps to where the linearised loss is largest in the ball, as long as they gain."""
+        for _ in range(_STEPS):
+            u = self.radius * self._uphill(u)
+            value, before = self._loss(u), best
+            best = max(best, value)
+            if value <= before + _GAIN * abs(before - self.start):
+                break
+        return best
+
+    def _climb(self, u: Tensor) -> tuple[float, Tensor]:
         size, best_u, best, last = 2 * self.radius, u, self._loss(u), u
         previous_best, previous_size, gains, since = best, size, 0, 0
         checks = _checkpoints(_STEPS)
@@ -113,7 +123,7 @@ class _Ascent:
                 previous_size, previous_best, gains, since = size, best, 0, i
                 if stalled:
                     size, u, last = size / 2, best_u, best_u
-        return best
+        return best, best_u
 
     def _uphill(self, u: Tensor) -> Tensor:
         with self.moved.at(u * self.scale):
