@@ -401,7 +401,7 @@ def test_measures_of_a_run_on_screen_and_as_json(cli: Cli, workplace: Path) -> N
         assert word in ended.out, ended.out
     document = json.loads(cli("sharpness", "first", "--top", 1, "--measures", "all", "--json").out)["measures"]
     assert document["sam-edge"]["value"] is None and "needs rho" in document["sam-edge"]["note"]
-    assert document["edge"]["value"] == pytest.approx(2 * 1.9 / 0.05) and document["worst"]["kind"] == "at least"
+    assert document["edge"]["value"] == pytest.approx(2 * 1.9 / 0.005) and document["worst"]["kind"] == "at least"
 
 
 def test_a_surface_is_drawn_and_told(cli: Cli, workplace: Path) -> None:

@@ -445,7 +445,7 @@ def test_more_eigenvalues_than_parameters_are_refused(tmp_path: Path) -> None:
 def test_what_did_not_converge_is_none_and_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("samlite._C")
     whole = Hessian.eigenvalues
-    monkeypatch.setattr(Hessian, "eigenvalues", lambda self, k, **options: whole(self, k, max_matvecs=k + 1, **options))
+    monkeypatch.setattr(Hessian, "eigenvalues", lambda self, k, **how: whole(self, k, **{**how, "max_matvecs": k + 1}))
     records = list(train(digits(epochs=2, track=2), tmp_path))
     assert [vars(record)["eigenvalues"] for record in records] == [[None, None]] * 2
     assert '"eigenvalues": [null, null]' in (tmp_path / "metrics.jsonl").read_text()
