@@ -59,8 +59,16 @@ class Measures(CommaList):
         return () if "none" in names else ("eigenvalues", "moments") if "moments" in names else ("eigenvalues",)
 
 
+class Radii(CommaList):
+    """A list of numbers, or auto."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+
 INTEGERS = CommaList("integer", example="8,32,128")
 NUMBERS = CommaList("number", example="0.05,0.1", empty=True)
+RADII = Radii("number", example="0.05,0.1, or auto", empty=True)
 MEASURES = Measures("name", ("eigenvalues", "moments", "none"))
 
 

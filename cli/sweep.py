@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 @click.option(
     "--rhos",
     "--rho",
-    type=options.NUMBERS,
-    help="SAM's radii; the best on validation is reported.",
+    type=options.RADII,
+    help="SAM's radii; the best on validation is reported at each width. auto: 0.01 to 0.2, and on past an end until "
+    "the best is inside.",
 )
 @click.option(
     "--label-noises",
@@ -86,12 +87,14 @@ def sweep(
     widths: tuple[int, ...],
     optimizers: tuple[str, ...] | None,
     seeds: int,
-    rhos: tuple[float, ...] | None,
+    rhos: Any,
     label_noises: tuple[float, ...] | None,
     sparsities: tuple[float, ...] | None,
     weight_decays: tuple[float, ...] | None,
     measure: tuple[str, ...],
     track: int | None,
+    track_measures: str | None,
+    track_every: int | None,
     jobs: int | None,
     engine: str,
     partition: str | None,
@@ -112,6 +115,7 @@ def sweep(
     Examples:
       samlite sweep digits --widths 8,32,128
       samlite sweep digits --widths 32,128 --seeds 5 --rhos 0.05,0.1,0.2 --out runs/rhos
+      samlite sweep digits --widths 32,128 --rhos auto
       samlite sweep synthetic --widths 192,1920 --optimizers adam,sam --jobs 4
       samlite sweep digits --widths 16,64 --measure eigenvalues,moments
       samlite sweep digits --widths 16,64 --label-noises 0,0.25,0.5
@@ -124,6 +128,7 @@ def sweep(
     each run is a job, which is requeued and resumes when its time is up.
     """
     from samlite import sweep as sweeps
+    from samlite.report.radii import START
 
     task, data = named_task(task, model, data, loss)
     if engine == "local" and (partition or gpus):
@@ -135,20 +140,41 @@ def sweep(
         given["settings"] = {**overrides["settings"], **given["settings"]}
     overrides |= given
     settings = {"base": base, "data": data, "device": device, "track": track}
+    settings |= {"track_measures": track_measures, "track_every": track_every}
     conditions = {"label_noises": label_noises, "sparsities": sparsities, "weight_decays": weight_decays}
     swept: dict[str, Any] = {name: values or () for name, values in conditions.items()}
-    cells = sweeps.grid(task, widths, optimizers or (), seeds, rhos or (), **swept, recipe=overrides, **settings)
+    search = rhos == "auto"
+    radii = START if search else rhos or ()
+    cells = sweeps.grid(task, widths, optimizers or (), seeds, radii, **swept, recipe=overrides, **settings)
     _check_taken(given, cells)
     folder = out or folder_of(task)
     if engine == "slurm":
         where, most = _cluster(folder, partition, gpus, minutes), len(cells)
     else:
         where, most = _this_machine(cells[0])
-    failures = _run(folder, cells, measure, most if jobs is None else jobs, where)
+    how = (measure, most if jobs is None else jobs, where)
+    failures = _run(folder, cells, *how)
+    if search:
+        failures += _search(folder, cells, how)
     if failures < len(cells):
         present(folder, "params", as_json)
     if failures:
         raise RuntimeError(f"{failures} of {len(cells)} runs failed; repeat the command to retry them")
+
+
+def _search(folder: Path, cells: "list[Config]", how: Any) -> int:
+    """Try the next radius wherever the best one is at an end, until none is; return how many runs failed."""
+    from samlite.report.outcomes import summarize
+    from samlite.report.radii import beyond
+
+    failures = 0
+    while more := beyond(summarize(folder), cells):
+        cells += more
+        click.echo(f"trying rho {', '.join(sorted({f'{cell.rho:g}' for cell in more}))} as well", err=True)
+        failures += (new := _run(folder, more, *how))
+        if new == len(more):
+            break
+    return failures
 
 
 def _cluster(folder: Path, partition: str | None, gpus: int, minutes: int) -> "Engine":

@@ -32,7 +32,12 @@ class Sweep:
         write_json(run / "config.json", config.to_json())
         if test is not None:
             final = {"test_metric": test, "validation_metric": validation, "validation_loss": 1 - validation}
-            end = {"final": final, "best": {"test_metric": best}, "parameters": 587, "interpolates": test > 0.925}
+            end = {
+                "final": final,
+                "best": {"test_metric": best},
+                "parameters": 587 * config.width // 8,
+                "interpolates": test > 0.925,
+            }
             write_json(run / "result.json", end)
         if sharpness is not None:
             found = {"which": "LA", "converged": True, "complete": True, "values": [sharpness]}

@@ -138,7 +138,8 @@ class Hessian(HessianProducts):
 
         Args:
             optimizer: in use at these weights, for its next update, its preconditioner and its edge.
-            lr, rho: learning rate and SAM's radius where there is no optimizer.
+            lr: learning rate where there is no optimizer.
+            rho: SAM's radius where there is no optimizer.
             radius: of worst- and average-case sharpness.
             batch_size: of batch sharpness, and the number m of samples that share a worst-case step.
             k: the size of the top space.

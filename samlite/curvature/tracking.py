@@ -53,7 +53,8 @@ class Tracker:
         measures: names of `Hessian.measures` that can be followed, such as "batch,critical", or "all" of them.
         optimizer: that trains the model.
         batch_size: that it is trained with.
-        lr, rho: learning rate and SAM's radius where there is no optimizer.
+        lr: learning rate where there is no optimizer.
+        rho: SAM's radius where there is no optimizer.
 
     Raises:
         UsageError: there is no such measure, or it cannot be followed.

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samlite.data import hub
+from samlite.data import hub, raw
 from samlite.data.tensors import Splits, TensorData, hold_out
 from samlite.errors import UsageError, missing
 from samlite.files import regular
@@ -102,7 +102,13 @@ def decode(table: Table, size: int, mode: str, classes: int) -> TensorData:
 def load_in_memory(
     source: str | None, task: str, *, size: int, mode: str, classes: int, columns: Sequence[str] = ("image",)
 ) -> Splits:
-    """The splits train and test as bytes (n, channels, size, size); a tenth of train is held out for validation."""
+    """The splits train and test as bytes (n, channels, size, size); a tenth of train is held out for validation.
+
+    From the hub, parquet files, class folders, or the files of torchvision's folders.
+    """
+    if found := raw.read(source, size, {"L": 1, "RGB": 3}[mode]):
+        train, test, known = found
+        return Splits(*hold_out(train), test, {} if known == classes else {"outputs": known})
     both, _ = tables(source, task, ("train", "test"), columns)
     train, test = (decode(table, size, mode, classes) for table in both)
     return Splits(*hold_out(train), test)

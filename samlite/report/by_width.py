@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samlite.errors import UsageError, shortened
+from samlite.report import radii, trends
 from samlite.report.canvas import REFERENCE, colors, draw_curve, label_parameters, label_values, new_figure
 from samlite.report.groups import described, method
 from samlite.report.outcomes import Outcome, Report
@@ -25,7 +26,7 @@ def tables(report: Report) -> list[Table]:
         result.append(_minima(report))
     if any(outcome.comparisons for outcome in report.outcomes):
         result.append(_comparisons(report))
-    return result
+    return [*result, *trends.table(report, trends.trends(report))]
 
 
 def _metrics(report: Report) -> Table:
@@ -127,6 +128,7 @@ def _notes(report: Report) -> list[str]:
         notes.append(f"Improvement: of SAM over its base optimizer, paired by seed{better}.")
     if any(outcome.rho is not None and outcome.improvement is None for outcome in outcomes):
         notes.append("SAM has no improvement where its base optimizer was not run with the same seeds.")
+    notes += radii.note(report)
     if not any(outcome.interpolating for outcome in outcomes):
         notes.append("No run interpolates: training loss below 1e-3, every label fitted.")
     for names, state, relevant in (

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samlite.report import by_width, convergence, cost, solutions, verdicts
+from samlite.report import by_width, convergence, cost, solutions, trends, verdicts
 from samlite.report.groups import document
-from samlite.report.outcomes import Report, summarize
+from samlite.report.outcomes import summarize
 from samlite.report.table import Table
 
 
@@ -26,7 +26,7 @@ class Claim:
 
 
 CLAIMS = {
-    "params": Claim(summarize, by_width.tables, by_width.draw, verdicts.benefit, Report.to_json),
+    "params": Claim(summarize, by_width.tables, by_width.draw, verdicts.benefit, trends.document),
     "convergence": Claim(convergence.convergence, convergence.tables, convergence.draw, convergence.verdict),
     "solutions": Claim(solutions.solutions, solutions.tables, solutions.draw, solutions.verdict),
     "cost": Claim(cost.costs, cost.tables, cost.draw, cost.verdict),

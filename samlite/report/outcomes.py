@@ -12,6 +12,7 @@ with its base by their ratio: the geometric mean over pairs of seeds, its interv
 logarithms. Each interval holds at 95 % by itself; nothing is corrected for how many there are.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -53,6 +54,7 @@ class Outcome:
     nonuniformity: dict[str, Interval]  # s_k by its order k
     geometric: dict[str, Geometric]  # of "a" and "s_k"
     comparisons: dict[str, Comparison]  # of "a" and "s_k" with those of the base optimizer, for SAM
+    ratios: dict[str, dict[int, float]]  # ln of "a" and "s_k" over those of the base optimizer by seed, for SAM
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ def _outcome(
         nonuniformity=_known(spread),
         geometric=_known({name: Geometric.of(sample) for name, sample in sorted(values.items())}),
         comparisons=_known({name: Comparison.of(_both(name, pairs, minima)) for name in sorted(values)}),
+        ratios={name: ratios for name in sorted(values) if (ratios := _ratios(name, pairs, minima))},
     )
 
 
@@ -188,6 +191,16 @@ def _both(
     for one, other in pairs:
         if name in minima[one] and name in minima[other]:
             yield minima[one][name], minima[other][name]
+
+
+def _ratios(name: str, pairs: list[tuple[Config, Config]], minima: dict[Config, dict[str, float]]) -> dict[int, float]:
+    """ln of the quantity's ratio by seed, where both are positive."""
+    found = {}
+    for one, other in pairs:
+        both = minima[one].get(name, 0.0), minima[other].get(name, 0.0)
+        if min(both) > 0:
+            found[one.seed] = math.log(both[0] / both[1])
+    return found
 
 
 def _best_on_validation(

@@ -4,11 +4,13 @@ Every comparison is paired by seed: the mean of the differences, and its interva
 nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from samlite.intervals import paired
+from samlite.intervals import Interval, paired
 from samlite.report.groups import described
 from samlite.report.outcomes import Outcome, Report, Row
+from samlite.report.trends import IMPROVEMENT, amount, slopes_of, trends
+from samlite.tasks.metrics import percent
 
 QUANTITIES = ("a", "s_2", "s_3", "s_4")
 
@@ -17,11 +19,12 @@ def benefit(report: Report) -> str:
     """Whether SAM's benefit grows with width, in every condition, and where its minima are flatter and more uniform."""
     conditions = dict.fromkeys(tuple(row.condition.items()) for row in report.rows)
     sentences = [_benefit(report, dict(condition)) for condition in conditions]
-    return ". ".join([*sentences, *_minima(report)])
+    return ". ".join([*sentences, *_beyond(report), *_minima(report), *_trends_of_minima(report)])
 
 
 def _benefit(report: Report, condition: dict[str, float]) -> str:
-    outcomes = _sam([row for row in report.rows if row.condition == condition])
+    rows = [row for row in report.rows if row.condition == condition]
+    outcomes = _sam(rows)
     where = described(condition.items())
     prefix = f"{where}: " if where else ""
     if not outcomes:
@@ -34,23 +37,49 @@ def _benefit(report: Report, condition: dict[str, float]) -> str:
     ):
         if widths:
             said.append(f"{word} at width {', '.join(widths)}")
-    effect = f"SAM is {' and '.join(said)}" if said else "SAM makes no significant difference at any width"
+    effect = f"SAM is {' and '.join(said)}" if said else _no_difference(gains, report.metric)
     if len(outcomes) < 2:
         return prefix + effect
-    return f"{prefix}{effect}: {growth(outcomes[min(outcomes)], outcomes[max(outcomes)])}"
+    return f"{prefix}{effect}; {growth(rows, gains[max(gains)], report.metric)}"
 
 
-def growth(first: Outcome, last: Outcome) -> str:
-    """On the claim that the gain grows with width, from the gains of each seed at the smallest and largest width."""
-    gain, difference = last.improvement, paired(last.gains, first.gains)
-    if gain is None or difference is None or difference.half_width is None:
-        return "too few seeds to judge"
-    if gain.positive:
-        return "this agrees" if difference.positive else "this agrees in part, as the gain does not grow significantly"
-    if difference.positive:
-        below = "below zero" if gain.negative else "not significantly above zero"
-        return f"this agrees in trend alone, as the gain grows with width but is {below} at the largest"
-    return "this disagrees" if gain.negative else "this neither shows nor excludes it"
+def _no_difference(gains: Mapping[int, Interval], metric: str) -> str:
+    """With what could have been seen: an effect of the half width of the narrowest and of the widest interval."""
+    halves = sorted(gain.half_width * percent(metric) for gain in gains.values() if gain.half_width is not None)
+    text = "SAM makes no significant difference at any width"
+    if not halves:
+        return text
+    span = f"{halves[0]:.2g}" if len(halves) == 1 else f"{halves[0]:.2g} to {halves[-1]:.2g}"
+    return f"{text}, where {span}{_unit(metric)} could have been seen"
+
+
+def growth(rows: Sequence[Row], last: Interval, metric: str) -> str:
+    """On the claim that the gain grows with width, by the slope over all widths; `last` is the gain at the largest."""
+    slope = next((Interval.of(found.values()) for found in _improvement_slopes(rows)), None)
+    if slope is None or slope.half_width is None:
+        return "too few seeds to judge its growth"
+    text = f"its benefit changes by {amount(slope, metric)}"
+    if slope.positive:
+        if last.positive:
+            return f"{text}: it grows, and this agrees"
+        below = "below zero" if last.negative else "not significantly above zero"
+        return f"{text}: it grows, but is {below} at the largest width, so this agrees in trend alone"
+    if slope.negative:
+        return f"{text}: it falls, so this disagrees"
+    seen = f"a growth of {slope.half_width * percent(metric):.2g}{_unit(metric)} could have been seen"
+    end = "this agrees in part" if last.positive else "this neither shows nor excludes it"
+    return f"{text}, so no growth is seen, where {seen}: {end}"
+
+
+def _improvement_slopes(rows: Sequence[Row]) -> Iterator[dict[int, float]]:
+    """Of plain SAM or, without one, of the first of its forms, as `_sam` takes them."""
+    for optimizer, quantity, by_seed in slopes_of(rows):
+        if quantity == IMPROVEMENT and optimizer.split("-")[0] == "sam" and by_seed:
+            yield by_seed
+
+
+def _unit(metric: str) -> str:
+    return " points" if percent(metric) == 100 else ""
 
 
 def _minima(report: Report) -> list[str]:
@@ -64,6 +93,31 @@ def _minima(report: Report) -> list[str]:
             text = f"{name} in {verdicts.count('smaller')} of {len(verdicts)} places"
             said.append(f"{text} (larger in {verdicts.count('larger')})" if "larger" in verdicts else text)
     return [f"Significantly smaller at SAM's minima: {', '.join(said)}"] if said else []
+
+
+def _beyond(report: Report) -> list[str]:
+    """Whether the benefit grows faster with width under later conditions than under the first one."""
+    said = []
+    for trend in trends(report):
+        if trend.quantity != IMPROVEMENT or trend.beyond is None or trend.beyond.half_width is None:
+            continue
+        change = "faster" if trend.beyond.positive else "slower" if trend.beyond.negative else "no faster"
+        text = f"under {described(trend.condition.items())} it grows {change} than under the first condition"
+        said.append(f"{text} ({amount(trend.beyond, report.metric)})")
+    return said
+
+
+def _trends_of_minima(report: Report) -> list[str]:
+    """Whether a and s_k of SAM's minima over its base's fall with width."""
+    said = []
+    for trend in trends(report):
+        if trend.quantity == IMPROVEMENT or trend.slope.half_width is None:
+            continue
+        change = "rises" if trend.slope.positive else "falls" if trend.slope.negative else "does not change"
+        where = described(trend.condition.items())
+        text = f"ln {trend.quantity} of {trend.optimizer} over its base {change} with width"
+        said.append(f"{where + ': ' if where else ''}{text} ({amount(trend.slope, None)})")
+    return said
 
 
 def no_benefit(report: Report) -> str:

@@ -18,7 +18,8 @@ def load(source: str | None, seed: int) -> Splits:
     """Images as bytes (n, 3, 32, 32), which the network normalises; the same split for every seed.
 
     source is a hub id or a folder that `datasets.load_dataset` reads, with the columns img (or image) and
-    label in the splits train and test. Raises UsageError that names the column and row of bad data.
+    label in the splits train and test; or a folder of torchvision's for CIFAR-10, or CIFAR-100 with its 100 classes.
+    Raises UsageError that names the column and row of bad data.
     """
     return load_in_memory(source, "cifar10", size=32, mode="RGB", classes=10, columns=("img", "image"))
 

@@ -18,10 +18,11 @@ def load(source: str | None, seed: int) -> Splits:
     """Images as normalised vectors (n, 784); the same split for every seed.
 
     source is a hub id or a folder that `datasets.load_dataset` reads, with the columns image and
-    label in the splits train and test. Raises UsageError that names the column and row of bad data.
+    label in the splits train and test; or a folder of torchvision's for MNIST, FashionMNIST or KMNIST. Raises
+    UsageError that names the column and row of bad data.
     """
     images = load_in_memory(source, "mnist", size=28, mode="L", classes=10)
-    return Splits(_normalise(images.train), _normalise(images.validation), _normalise(images.test))
+    return Splits(_normalise(images.train), _normalise(images.validation), _normalise(images.test), images.sizes)
 
 
 def _normalise(data: TensorData) -> TensorData:
@@ -32,7 +33,7 @@ TASK = Task(
     name="mnist",
     summary="28×28 images of digits",
     network="MLP [w, w/3]",
-    data="MNIST from the hub or a folder of parquet files: 54,000 training, 6,000 validation, 10,000 test",
+    data="MNIST from the hub, or a folder of parquet or IDX files: 54,000 training, 6,000 validation, 10,000 test",
     model=partial(tapered_mlp, 784, outputs=10),
     load=load,
     loss=nn.CrossEntropyLoss(),

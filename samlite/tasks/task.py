@@ -109,7 +109,7 @@ class Task:
 
     def classes_in(self, data: Splits) -> int | None:
         """How many classes the labels have; None where the task is no classification."""
-        return self.classes
+        return data.sizes.get("outputs", self.classes) if self.classes else None
 
     def rank(self, metric: float, loss: float) -> tuple[float, float]:
         """A key that grows with how good a model is: by its metric, then its loss where metrics tie."""

@@ -21,15 +21,16 @@ def add(sweep: Sweep, width: int, gains: Sequence[float], optimizer: str = "sam"
 @pytest.mark.parametrize(
     ("small", "large", "sentence"),
     [
-        ([0.00, 0.01, 0.02], [0.04, 0.05, 0.06], "SAM is better at width 32: this agrees"),
-        ([0.04, 0.05, 0.06], [0.04, 0.05, 0.065], "better at width 8, 32: this agrees in part"),
-        ([-0.06, -0.05, -0.07], [-0.01, 0.00, -0.02], "worse at width 8: this agrees in trend alone"),
-        ([-0.01, 0.01, 0.0], [-0.02, 0.02, 0.0], "no significant difference at any width: this neither shows nor"),
-        ([0.04, 0.05, 0.06], [-0.05, -0.06, -0.04], "worse at width 32: this disagrees"),
-        ([0.01], [0.05], "no significant difference at any width: too few seeds to judge"),
+        ([0.00, 0.01, 0.02], [0.04, 0.05, 0.06], "it grows, and this agrees"),
+        ([0.04, 0.05, 0.06], [0.04, 0.05, 0.065], "could have been seen: this agrees in part"),
+        ([-0.06, -0.05, -0.07], [-0.01, 0.00, -0.02], "so this agrees in trend alone"),
+        ([-0.01, 0.01, 0.0], [-0.02, 0.02, 0.0], "could have been seen: this neither shows nor excludes it"),
+        ([0.04, 0.05, 0.06], [-0.05, -0.06, -0.04], "SAM is better at width 8 and worse at width 32"),
+        ([0.04, 0.05, 0.06], [-0.05, -0.06, -0.04], "it falls, so this disagrees"),
+        ([0.01], [0.05], "no significant difference at any width; too few seeds to judge"),
     ],
 )
-def test_the_benefit_is_judged_by_its_growth_with_width(
+def test_the_benefit_is_judged_by_its_slope_over_widths(
     sweep: Sweep, small: list[float], large: list[float], sentence: str
 ) -> None:
     add(sweep, 8, small)
@@ -38,7 +39,7 @@ def test_the_benefit_is_judged_by_its_growth_with_width(
 
 
 def test_growth_is_that_of_a_paired_t_test_which_sees_what_two_separate_intervals_hide(sweep: Sweep) -> None:
-    """The gains of a seed move together: each width's interval is wide, and that of the difference is narrow."""
+    """The gains of a seed move together: each width's interval is wide, and that of the slope is narrow."""
     small = np.array([0.01, 0.05, 0.09, 0.03])
     large = small + np.array([0.010, 0.012, 0.011, 0.009])
     add(sweep, 8, small.tolist(), base=0.2)
@@ -48,6 +49,14 @@ def test_growth_is_that_of_a_paired_t_test_which_sees_what_two_separate_interval
     assert np.hypot(*halves) > (large - small).mean()  # as intervals of independent seeds they overlap
     assert stats.ttest_rel(large, small).pvalue < 0.05
     assert "this agrees" in benefit(report) and "in part" not in benefit(report)
+
+
+def test_a_verdict_of_no_difference_says_what_could_have_been_seen(sweep: Sweep) -> None:
+    add(sweep, 8, [-0.01, 0.01, 0.0])
+    add(sweep, 32, [-0.02, 0.02, 0.0])
+    halves = [row.optimizers["sam"].improvement.half_width for row in summarize(sweep.folder).rows]
+    text = benefit(summarize(sweep.folder))
+    assert f"where {100 * halves[0]:.2g} to {100 * halves[1]:.2g} points could have been seen" in text
 
 
 def test_each_condition_is_judged_by_itself(sweep: Sweep) -> None:
