@@ -57,7 +57,7 @@ def run(
         require(name in MEASURES, f"measure must be of {', '.join(MEASURES)}, got {name!r}")
     require(jobs >= 1, f"jobs must be >= 1, got {jobs}")
     folder, engine = Path(folder), engine or Local()
-    _record(folder, cells)
+    record(folder, cells)
     waiting = []
     for cell in cells:
         if finished(folder / cell.name, cell, measure):
@@ -101,7 +101,7 @@ def finished(folder: Path, cell: Config, measure: Collection[str] = ()) -> bool:
     return (folder / RESULT).is_file() and read_config(folder) == cell and is_measured(folder, measure)
 
 
-def _record(folder: Path, cells: Sequence[Config]) -> None:
+def record(folder: Path, cells: Sequence[Config]) -> None:
     """Add the cells to those that the folder records."""
     _merged(folder, cells)  # before anything is written there
     with locked(folder):

@@ -8,7 +8,7 @@ from samlite.data.images import crop_and_flip, load_in_memory
 from samlite.data.tensors import Splits
 from samlite.models import resnet18
 from samlite.tasks.metrics import Accuracy
-from samlite.tasks.task import Recipe, Task
+from samlite.tasks.task import Classification, Recipe
 
 # Of the training pixels scaled to [0, 1], a number a channel.
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -24,7 +24,7 @@ def load(source: str | None, seed: int) -> Splits:
     return load_in_memory(source, "cifar10", size=32, mode="RGB", classes=10, columns=("img", "image"))
 
 
-TASK = Task(
+TASK = Classification(
     name="cifar10",
     summary="32×32 photographs of 10 kinds",
     network="ResNet-18, w filters in the first stage",

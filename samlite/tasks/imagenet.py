@@ -17,7 +17,7 @@ from samlite.errors import UsageError
 from samlite.models import resnet50
 from samlite.seeds import generator
 from samlite.tasks.metrics import Accuracy
-from samlite.tasks.task import Recipe, Scores, Task
+from samlite.tasks.task import Classification, Recipe, Scores, Task
 
 if TYPE_CHECKING:
     pass
@@ -51,7 +51,7 @@ def _photographs(table: Table, classes: int) -> Photographs:
 
 
 @dataclass(frozen=True)
-class ImageNet(Task):
+class ImageNet(Classification):
     """A task whose data stay on the disk."""
 
     @property
@@ -73,10 +73,6 @@ class ImageNet(Task):
             replace(part, size=size, workers=workers) for part in (data.train, data.validation, data.test)
         )
         return Splits(train, validation, test, data.sizes)
-
-    def classes_in(self, data: Splits) -> int | None:
-        """As many classes as there are class folders."""
-        return data.sizes["outputs"]
 
     def batches(
         self, model: nn.Module, data: Photographs, batch_size: int, order: torch.Generator, augment: bool

@@ -9,7 +9,7 @@ from samlite.data.images import load_in_memory
 from samlite.data.tensors import Splits, TensorData
 from samlite.models import tapered_mlp
 from samlite.tasks.metrics import Accuracy
-from samlite.tasks.task import Recipe, Task
+from samlite.tasks.task import Classification, Recipe
 
 MEAN, STD = 0.1307, 0.3081  # of the training pixels scaled to [0, 1]
 
@@ -29,7 +29,7 @@ def _normalise(data: TensorData) -> TensorData:
     return replace(data, inputs=(data.inputs.flatten(1).float() / 255 - MEAN) / STD)
 
 
-TASK = Task(
+TASK = Classification(
     name="mnist",
     summary="28×28 images of digits",
     network="MLP [w, w/3]",

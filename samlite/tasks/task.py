@@ -109,7 +109,7 @@ class Task:
 
     def classes_in(self, data: Splits) -> int | None:
         """How many classes the labels have; None where the task is no classification."""
-        return data.sizes.get("outputs", self.classes) if self.classes else None
+        return self.classes
 
     def rank(self, metric: float, loss: float) -> tuple[float, float]:
         """A key that grows with how good a model is: by its metric, then its loss where metrics tie."""
@@ -169,3 +169,12 @@ class Task:
         if isinstance(data, TensorData):
             return (data.inputs, data.targets), len(data)
         return Batches(data, min(self.chunk, 256)), len(data)
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """A task with one class a sample, of as many classes as its data need outputs."""
+
+    def classes_in(self, data: Splits) -> int | None:
+        """As many as there are outputs."""
+        return data.sizes.get("outputs", self.classes)

@@ -37,7 +37,7 @@ def train(config: Config, out: Path | str, resume: bool = True) -> Iterator[Epoc
         TrainingError: the loss is no longer finite. The last checkpoint before that is kept.
         BlockingIOError: another process trains in this folder.
     """
-    with _held(Path(out), config, resume) as finished:
+    with held(Path(out), config, resume) as finished:
         if finished:
             return
         session = Session(config, Path(out))
@@ -74,7 +74,7 @@ def learning_rate(config: Config, epoch: int) -> float:
 
 
 @contextmanager
-def _held(out: Path, config: Config, resume: bool) -> Iterator[bool]:
+def held(out: Path, config: Config, resume: bool) -> Iterator[bool]:
     """The folder for this run alone, and whether the run is finished there."""
     world = distributed.world()
     if not tasks.get(config.task).fixed_samples and world > 1:

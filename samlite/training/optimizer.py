@@ -96,6 +96,10 @@ class Closures:
         """How many gradients of a batch have been computed, by all processes together."""
         return self._gradients if self.config.split == "batches" else sum(distributed.all_gather(self._gradients))
 
+    def count(self, gradients: int) -> None:
+        """Take in gradients that were computed elsewhere."""
+        self._gradients += gradients
+
     def steps(self, batches: Iterable[Batch]) -> Iterator[list[Any]]:
         """For each batch the arguments of the optimizer's step."""
         if self.config.optimizer == "sampa":

@@ -83,12 +83,17 @@ class Session:
     """A run in training: its data, network and optimizer, as the folder says where a run was stopped there.
 
     The folder belongs to the first process, which alone writes.
+
+    Args:
+        data: what `load_data` gives, where it is loaded already.
+        members: how many runs are trained as one batch, and share the time.
     """
 
-    def __init__(self, config: Config, out: Path) -> None:
+    def __init__(self, config: Config, out: Path, data: Splits | None = None, members: int = 1) -> None:
         self.config, self.out, self.first = config, out, distributed.rank() == 0
         self.task, self.device = task_of(config), usable_device(config.device)
-        self.data: Splits = load_data(self.task, config, out).to(self.device)
+        self.members = members
+        self.data: Splits = data or load_data(self.task, config, out).to(self.device)
         path = out / CHECKPOINT
         state = _stopped(path) if path.exists() else {}
         self.model = network.initial(self.task, config, self.data, masks_in(state["model"]) if state else None)
@@ -126,7 +131,8 @@ class Session:
         if stopped:
             write_lines(self.out / RECORDS, [record.line() for record in self.records])
         elif not (self.out / CONFIG).exists():
-            write_json(self.out / CONFIG, {**self.config.to_json(), **_environment()})
+            batched = {"batched": self.members} if self.members > 1 else {}
+            write_json(self.out / CONFIG, {**self.config.to_json(), **_environment(), **batched})
         if self.config.label_noise and not (self.out / LABELS).exists():
             save_labels(self.data, self.out)
 
@@ -145,10 +151,13 @@ class Session:
         config = self.config
         return self.task.batches(self.model, self.trained, config.batch_size, self.order, config.augment)
 
-    def evaluate(self, epoch: int, losses: list[Tensor]) -> EpochRecord:
-        """The record of an epoch with these losses of its steps. Raises TrainingError where one is not finite."""
+    def evaluate(self, epoch: int, losses: list[Tensor], scores: tuple[Scores, Scores] | None = None) -> EpochRecord:
+        """The record of an epoch with these losses of its steps. Raises TrainingError where one is not finite.
+
+        `scores` are those on training and validation data, where they are known.
+        """
         steps = self.steps + len(losses)
-        train, validation = (self._scores(part) for part in (self.data.train, self.data.validation))
+        train, validation = scores or (self._scores(self.data.train), self._scores(self.data.validation))
         finite = all(map(math.isfinite, [*torch.stack(losses).tolist(), train.loss, validation.loss]))
         lr = self.optimizer.param_groups[0]["lr"]
         if not all(distributed.all_gather(finite)):
@@ -167,7 +176,7 @@ class Session:
             lr=lr,
             steps=steps,
             gradient_evaluations=self._gradients_before + self.closures.total(),
-            seconds=self._seconds_before + time.perf_counter() - self._started,
+            seconds=self._seconds_before + (time.perf_counter() - self._started) / self.members,
         )
         return TrackedRecord(**vars(record), **tracked) if tracked else record
 
@@ -186,12 +195,21 @@ class Session:
         """The scores of the model, computed by the first process for all."""
         return distributed.broadcast(lambda: self.task.evaluate(self.model, data))
 
-    def keep(self, record: EpochRecord) -> None:
-        """Take in the record of an epoch; write a checkpoint where the last one is old, and at the end."""
-        self.records.append(record)
+    def best_yet(self, record: EpochRecord) -> bool:
+        """Whether a record is better on validation than all that are kept."""
         rank = self.task.rank
-        if max(self.records, key=lambda r: rank(r.validation_metric, r.validation_loss)) is record:
-            test = self._scores(self.data.test)
+        ranks = [rank(each.validation_metric, each.validation_loss) for each in self.records]
+        return not ranks or rank(record.validation_metric, record.validation_loss) > max(ranks)
+
+    def keep(self, record: EpochRecord, test: Scores | None = None) -> None:
+        """Take in the record of an epoch; write a checkpoint where the last one is old, and at the end.
+
+        `test` are the scores on test data, where they are known.
+        """
+        best = self.best_yet(record)
+        self.records.append(record)
+        if best:
+            test = test or self._scores(self.data.test)
             self.best = {
                 "epoch": record.epoch,
                 "validation_metric": record.validation_metric,
