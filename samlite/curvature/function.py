@@ -48,6 +48,7 @@ class Losses(Stream):
         self._loss_fn, self.loss = loss_fn, as_function(loss_fn, model, like=parameters[0])
         self.held = modules_in(self.loss)
         self._writes = False  # the loss writes into its batch
+        self._deeper = False  # the loss takes derivatives itself
         self._first: tuple[float, list[Any]] | None = None  # the loss of the first batch, and the weights' state
 
     @property
@@ -73,7 +74,9 @@ class Losses(Stream):
         if not all(id(p) in twins for p in self.parameters):
             raise TypeError("the model must be copied with its parameters, got one that makes others (scripted)")
         # `to` replaces the values of parameters, not the parameters
-        return Losses(model, loss_fn, self.data, [twins[id(p)] for p in self.parameters], self.mode)
+        copied = Losses(model, loss_fn, self.data, [twins[id(p)] for p in self.parameters], self.mode)
+        copied._deeper = self._deeper
+        return copied
 
     def neutral(self) -> AbstractContextManager[None]:
         """The conditions in which losses are evaluated and differentiated."""
@@ -145,8 +148,10 @@ class Losses(Stream):
             batch = placed(batch, self.parameters[0])
             if self._writes:
                 batch = _cloned(batch)
-            with untouched(self.model, self.held, parameters, self.mode, seed), capture or nullcontext():
+            around = untouched(self.model, self.held, parameters, self.mode, seed, self._deeper)
+            with around as functions, capture or nullcontext():
                 result = self.loss(self.model, batch)
+            self._deeper |= functions.differentiates
         except (UsageError, UncoveredError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of the model, the loss or the data, whatever they are

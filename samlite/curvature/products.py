@@ -154,7 +154,8 @@ class HessianProducts(Operator):
 
     @contextmanager
     def separately(self) -> Iterator[Curves]:
-        """Graphs of batches of any size beside those of the data, for use within."""
+        """Graphs of batches of any size beside those of the data, for use within. Raises UsageError in a group."""
+        require(self._ranks is None, "batches of any size need one process, got several that share the data")
         with self._explained():
             yield Curves(compiled(), self._losses.again(), self.curvature)
 

@@ -127,20 +127,99 @@ FORMULAS: dict[Any, Callable[..., Any]] = {
 """By a function of torch whose second derivative is wrong or missing: the same function by operations that have one."""
 
 
+# --- Functions without the right third derivative
+
+
+def _normalised(input: Tensor, dims: list[int], eps: float) -> Tensor:
+    centred = input - input.mean(dims, keepdim=True)
+    result: Tensor = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    return result
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    result = _normalised(input, list(range(-len(normalized_shape), 0)), eps)
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
+
+
+def _by_channel(result: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    shape = (1, -1, *[1] * (result.dim() - 2))
+    result = result if weight is None else result * weight.view(shape)
+    return result if bias is None else result + bias.view(shape)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if not training:  # fixed statistics, and with them an affine function
+        return NotImplemented
+    dims = [d for d in range(input.dim()) if d != 1]
+    return _by_channel(_normalised(input, dims, eps), weight, bias)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if not use_input_stats:
+        return NotImplemented
+    return _by_channel(_normalised(input, list(range(2, input.dim())), eps), weight, bias)
+
+
+DEEPER_FORMULAS: dict[Any, Callable[..., Any]] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+}
+"""The same for third derivatives, which the Hessian of a loss that differentiates inside takes."""
+
+
 class TwiceDifferentiable(TorchFunctionMode):
     """Computes functions by formulas that can be differentiated twice, and in float64 throughout.
 
     Args:
         double: ignore casts to float32, as norms and rotary embeddings make them.
+        deeper: whether the loss differentiates inside, so that third derivatives must be right, too.
     """
 
-    def __init__(self, double: bool) -> None:
+    def __init__(self, double: bool, deeper: bool = False) -> None:
         super().__init__()
-        self._double = double
+        self._double, self.deeper = double, deeper
+        self.differentiates = deeper
+        """Whether a derivative was taken so far."""
+
+    def _formula(self, func: Any) -> Callable[..., Any] | None:
+        if func in DEEPER_FORMULAS:
+            inside = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func.grad and others
+            self.differentiates |= inside
+            return DEEPER_FORMULAS[func] if self.deeper or inside else None
+        return FORMULAS.get(func)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        formula = FORMULAS.get(func)
+        self.differentiates |= func is torch.autograd.grad
+        formula = self._formula(func)
         if formula is not None and (result := formula(*args, **kwargs)) is not NotImplemented:
             return result
         if self._double:

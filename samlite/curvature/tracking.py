@@ -31,7 +31,7 @@ from samlite.errors import UsageError, require
 TOL = 1e-3  # relative error of each value
 ASKED = 2e-4  # the bound that is asked for: see above
 NEAR = 3  # expansions that eigenvectors which turned little take at most
-STEADY = 0.99  # the squared part of eigenvectors in the space of the last ones from which on they turned little
+STEADY = 0.8  # the squared part of eigenvectors in the space of the last ones from which on they turned little
 BATCHES = 50  # of batch sharpness in one measurement at most
 
 
@@ -116,7 +116,7 @@ class Tracker:
                 require(vectors is not None, "the eigenvalues were not found")
                 assert vectors is not None
                 g = point.gradient / point.gradient.norm()
-                return float((vectors.T @ g).square().sum()), 0.0
+                return float((vectors.T @ g).square().sum()), self._hessian.sine
             value = value_of(name, point)
             return value.value, value.error
         except UsageError:
@@ -151,6 +151,7 @@ class Follower:
         self.vectors: Tensor | None = None  # (p, k), the start of the next measurement
         self.outsider: Tensor | None = None  # (p,), the vector of the power iteration
         self.turning = False  # whether eigenvectors turned far at the last measurement
+        self.sine = 1.0  # of the angles between the vectors and the true ones, at most
 
     def measure(self, matrix: Operator) -> dict[str, Any]:
         """`eigenvalues` of the matrix, largest first, None for one not found to 1e-3; `products` it took."""
@@ -162,6 +163,9 @@ class Follower:
         vectors = result.vectors
         if before is not None and vectors is not None:
             self.turning = float((before.T @ vectors).square().sum()) < STEADY * self.k
+        # A value is within r^2 / gap, and its vector within r / gap.
+        angles = result.errors / result.residuals.clamp_min(torch.finfo(torch.float64).tiny)
+        self.sine = min(1.0, float(angles.norm()))
         if result.complete is not False:  # else the next measurement starts as this one did
             self.vectors = vectors
         return {"eigenvalues": _trusted(result), "products": products}
@@ -198,7 +202,7 @@ class Follower:
             if tensor is not None and (tensor.shape, tensor.dtype) != (shape, like.dtype):
                 raise UsageError(f"{name} must be {like.dtype} of shape {shape}, got {tuple(tensor.shape)}")
             setattr(self, name, None if tensor is None else tensor.to(like.device))
-        self.turning = bool(state["turning"])
+        self.turning = bool(state.get("turning"))
 
     def _eigenvalues(self, matrix: Operator, **options: Any) -> Eigenvalues:
         # The size of the basis is fixed, as the default depends on the free memory, and a resumed run must not.

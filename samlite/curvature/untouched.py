@@ -57,8 +57,13 @@ class Draws:
 
 @contextmanager
 def untouched(
-    model: nn.Module, held: Sequence[nn.Module], parameters: Iterable[Tensor], mode: str, seed: int = 0
-) -> Iterator[None]:
+    model: nn.Module,
+    held: Sequence[nn.Module],
+    parameters: Iterable[Tensor],
+    mode: str,
+    seed: int = 0,
+    deeper: bool = False,
+) -> Iterator[TwiceDifferentiable]:
     """Forward passes inside can be differentiated twice by `parameters` and leave no trace on the modules.
 
     Modes, buffers, plain attributes, `requires_grad` and the random state are put back, on errors too. Weights are not
@@ -67,6 +72,7 @@ def untouched(
     Args:
         held: modules that the loss uses beside the model; their modes stay as they are.
         seed: of torch's random numbers.
+        deeper: whether the loss differentiates inside; what is given knows afterwards.
 
     Raises:
         UsageError: the forward pass wrote into a parameter.
@@ -88,7 +94,7 @@ def untouched(
         if "torch._dynamo" in sys.modules:  # nor have compiled graphs
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(without_checkpointing())
-        stack.enter_context(TwiceDifferentiable(double=like.dtype == torch.float64))
+        functions = stack.enter_context(TwiceDifferentiable(like.dtype == torch.float64, deeper))
         stack.enter_context(_fresh_caches())
         stack.enter_context(_own_state(modules))
         stack.enter_context(_only(parameters, everything))
@@ -101,7 +107,7 @@ def untouched(
                     stack.enter_context(_projected(module))
             if isinstance(module, DistributedDataParallel):  # wait for no other process
                 module.require_backward_grad_sync = module.require_forward_param_sync = False
-        yield
+        yield functions
     if versions != [p._version for p in everything]:
         raise UsageError(
             "the forward pass must leave the parameters as they are, got one that writes into them; "

@@ -78,3 +78,42 @@ def test_a_network_in_float64_is_measured_in_float64_throughout() -> None:
     u, v = torch.randn(2, hessian.shape[0])
     assert abs(u @ (hessian @ v) - v @ (hessian @ u)) <= 1e-14 * u.norm() * (hessian @ v).norm()  # symmetric
     assert hessian.moments().fallback is None  # chains agree to 1e-9
+
+
+NORMS = {
+    "layer norm": lambda: (nn.LayerNorm(6), "eval"),
+    "layer norm without weights": lambda: (nn.LayerNorm(6, elementwise_affine=False), "eval"),
+    "batch norm with batch statistics": lambda: (nn.BatchNorm1d(6), "train"),
+    "batch norm with running statistics": lambda: (nn.BatchNorm1d(6), "eval"),
+    "group norm": lambda: (nn.GroupNorm(2, 6), "eval"),
+    "instance norm": lambda: (
+        nn.Sequential(nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, affine=True), nn.Flatten()),
+        "eval",
+    ),
+}
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("make", NORMS.values(), ids=NORMS)
+def test_losses_that_differentiate_inside_get_the_right_third_derivatives_of_norms(make, functional) -> None:
+    """Those of torch's layer norm are 38 % off here, and those of its batch norm 11 %."""
+    torch.manual_seed(0)
+    norm, mode = make()
+    if functional and mode == "train":
+        pytest.skip("torch.func refuses to write running statistics")
+    model, x = nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), nn.Linear(6, 1)), torch.randn(8, 4)
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        if functional:
+            slopes = torch.func.grad(lambda x: model(x).sum())(batch[0])
+        else:
+            x = batch[0].clone().requires_grad_()
+            (slopes,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return slopes.square().sum(1).mean()
+
+    exact, differences = (
+        Hessian(model, loss, [(x, torch.zeros(8))], mode=mode, products=products)
+        for products in ("autograd", "finite-difference")
+    )
+    v = torch.randn(exact.shape[0])
+    assert (exact @ v - differences @ v).norm() <= 1e-8 * (differences @ v).norm()

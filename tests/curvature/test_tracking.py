@@ -3,8 +3,7 @@ import torch
 from models import prepared
 from torch import nn
 
-from samlite import Hessian
-from samlite.curvature.tracking import Tracker
+from samlite import Hessian, Tracker, UsageError
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -79,3 +78,59 @@ def test_the_state_of_another_network_is_refused() -> None:
     state.measure()
     with pytest.raises(ValueError, match=r"vectors must be torch.float64 of shape \(4, 1\), got \(3, 1\)"):
         quartic([4.0, 3.0, 1.0, 0.5], k=1)[1].load_state_dict(state.state_dict())
+
+
+def trained(steps: int = 3):
+    torch.manual_seed(0)
+    model, x, y = prepared("MLP")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    for _ in range(steps):
+        step()
+    return Hessian(model, nn.CrossEntropyLoss(), (x, y)), optimizer, step
+
+
+def test_measures_beside_eigenvalues_are_those_of_the_hessian() -> None:
+    hessian, optimizer, step = trained()
+    tracker = Tracker(hessian, measures="all", optimizer=optimizer, batch_size=6)
+    for _ in range(4):
+        step()
+        found = tracker.measure()
+        right = hessian.measures(list(found["measures"]), optimizer, batch_size=6, k=1)
+        assert found["measures"]["sharpness"] == found["eigenvalues"][0]
+        for name, value in found["measures"].items():
+            if value is None:
+                assert right[name].value != right[name].value, name
+            else:
+                error = found["errors"].get(name, 0.0) if name == "alignment" else 1e-4
+                assert value == pytest.approx(right[name].value, rel=1e-3, abs=error), name
+    known = {name for name, value in found["measures"].items() if value is not None}
+    assert {"edge", "preconditioned", "batch", "alignment"} <= known
+
+
+def test_a_restored_tracker_of_measures_goes_on_as_the_one_that_was_saved() -> None:
+    found = []
+    for restore in (False, True):
+        hessian, optimizer, step = trained()
+        tracker = Tracker(hessian, measures="batch,preconditioned", optimizer=optimizer, batch_size=3)
+        tracker.measure()
+        step()
+        if restore:
+            state = tracker.state_dict()
+            tracker = Tracker(hessian, measures="batch,preconditioned", optimizer=optimizer, batch_size=3)
+            tracker.load_state_dict(state)
+        found.append(tracker.measure())
+    assert found[0] == found[1]
+
+
+def test_what_cannot_be_followed_is_refused() -> None:
+    hessian, optimizer, _ = trained()
+    with pytest.raises(UsageError, match="measures must be of sharpness, edge, .*, or all, got 'worst'"):
+        Tracker(hessian, measures="worst", optimizer=optimizer)
+    with pytest.raises(UsageError, match="k must be between 1 and the dimension 43, got 44"):
+        Tracker(hessian, 44)
