@@ -121,8 +121,7 @@ class Losses(Stream):
             total, weight = self.total(batch)
             weights += weight
             if total.requires_grad:
-                parts = torch.autograd.grad(total, self.parameters, allow_unused=True, materialize_grads=True)
-                sums += torch.cat([part.reshape(-1).to(device) for part in parts])
+                sums += flat_gradient(total, self.parameters)
         return sums, weights
 
     def _check_first(self, value: Tensor) -> None:
@@ -291,6 +290,12 @@ class Losses(Stream):
                     f"rows of {name or 'the model'}.weight must not be longer than max_norm={module.max_norm} where "
                     f"{uses.name} uses it as well, got {longest:.4g}; shorten them first (torch.renorm)"
                 )
+
+
+def flat_gradient(value: Tensor, parameters: Sequence[Tensor], create_graph: bool = False) -> Tensor:
+    """The gradient of a scalar by parameters, on the device of the first: (p,)."""
+    parts = torch.autograd.grad(value, parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+    return torch.cat([part.reshape(-1).to(parameters[0].device) for part in parts])
 
 
 @contextmanager

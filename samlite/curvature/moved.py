@@ -11,6 +11,7 @@ from torch import Tensor
 
 from samlite.curvature.function import Losses
 from samlite.curvature.stream import End
+from samlite.distributed import Ranks
 
 
 class Moved:
@@ -18,7 +19,7 @@ class Moved:
 
     Args:
         losses: the data set; a cut of its own is used.
-        sum: of a tensor over processes, in place, where each has a part of the data.
+        ranks: the processes, where each has a part of the data.
         around: the conditions in which the loss is evaluated.
 
     In memory: one copy of the weights, and the graph of one batch.
@@ -27,10 +28,10 @@ class Moved:
     def __init__(
         self,
         losses: Losses,
-        sum: Callable[[Tensor], None] | None = None,
+        ranks: Ranks | None = None,
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.losses, self._sum, self._around = losses, sum, around
+        self.losses, self._ranks, self._around = losses, ranks, around
 
     def loss(self, step: Tensor | None = None) -> float:
         """The mean loss at w + step: (p,)."""
@@ -44,19 +45,17 @@ class Moved:
             while (batch := self.losses.next_batch()) is not End:
                 total, weight = measure(batch)
                 sums += torch.stack([total.detach().double(), torch.full_like(sums[0], weight)])
-        if self._sum:
-            self._sum(sums)
+        if self._ranks:
+            self._ranks.sum(sums)
         return float(sums[0] / sums[1])
 
     def gradient(self, step: Tensor | None = None) -> Tensor:
         """The gradient of the mean loss at w + step: (p,)."""
         with self._around(), self.at(step):
             sums, weight = self.losses.gradient()
-        if self._sum:
-            self._sum(sums)
-            weights = sums.new_tensor([weight], dtype=torch.float64)
-            self._sum(weights)
-            weight = float(weights)
+        if self._ranks:
+            self._ranks.sum(sums)
+            weight = self._ranks.total(weight)
         return sums / weight
 
     @contextmanager

@@ -24,17 +24,18 @@ KINDS = (Adam, AdamW, RMSprop, Adagrad)
 
 
 class Sandwich(Operator):
-    """C H C, with C symmetric: everything that an `Operator` has, in one product with H each.
+    """C (H + s I) C, with C symmetric: everything that an `Operator` has, in one product with H each.
 
     Args:
         inner: the operator H.
         factor: multiplies a vector (p,) by C.
         largest: a bound on the norm of C.
+        shift: the number s.
     """
 
-    def __init__(self, inner: Operator, factor: Callable[[Tensor], Tensor], largest: float) -> None:
+    def __init__(self, inner: Operator, factor: Callable[[Tensor], Tensor], largest: float, shift: float = 0.0) -> None:
         self.names, self.params, self.memory = inner.names, inner.params, inner.memory
-        self.inner, self._factor, self._largest = inner, factor, largest
+        self.inner, self._factor, self._largest, self._shift = inner, factor, largest, shift
 
     @contextmanager
     def products(self) -> Iterator[Any]:
@@ -42,9 +43,11 @@ class Sandwich(Operator):
         with self.inner.products() as operator:
 
             def product(v: Tensor) -> Tensor:
-                inner = operator.apply(self._factor(v))
+                inside = self._factor(v)
+                inner = operator.apply(inside)
                 exponent = operator.exponent()  # a number that is known after the first product
-                return self._factor(ldexp_block(inner, exponent) if exponent else inner)
+                inner = ldexp_block(inner, exponent) if exponent else inner
+                return self._factor(inner.add(inside, alpha=self._shift) if self._shift else inner)
 
             yield compiled().Callable(product, self.params[0].detach(), self.shape[0])
 
@@ -77,39 +80,7 @@ def preconditioned(inner: Operator, by: Optimizer | Tensor, decay: float = 0.0) 
         f"the diagonal must be positive and finite, got values from {float(diagonal.min()):.3g}",
     )
     root = diagonal.rsqrt()
-    largest = float(root.max())
-    return Sandwich(Shifted(inner, decay) if decay else inner, root.mul, largest)
-
-
-class Shifted(Operator):
-    """H + s I."""
-
-    def __init__(self, inner: Operator, shift: float) -> None:
-        self.names, self.params, self.memory = inner.names, inner.params, inner.memory
-        self.inner, self.shift = inner, shift
-
-    @contextmanager
-    def products(self) -> Iterator[Any]:
-        """The compiled operator, for use within."""
-        with self.inner.products() as operator:
-
-            def product(v: Tensor) -> Tensor:
-                inner = operator.apply(v)
-                return ldexp_block(inner, operator.exponent()).add_(v, alpha=self.shift)
-
-            yield compiled().Callable(product, self.params[0].detach(), self.shape[0])
-
-    def precision(self) -> float:
-        """See `Matrix.precision`."""
-        return self.inner.precision()
-
-    def product_errors(self, vectors: Tensor) -> list[float]:
-        """See `Matrix.product_errors`."""
-        return self.inner.product_errors(vectors)
-
-    def gradient_seconds(self) -> float:
-        """Seconds of a full gradient."""
-        return self.inner.gradient_seconds()
+    return Sandwich(inner, root.mul, float(root.max()), decay)
 
 
 def preconditioner(optimizer: Optimizer, params: Sequence[nn.Parameter]) -> Tensor:

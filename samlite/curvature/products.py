@@ -19,7 +19,7 @@ from samlite.batches import is_pair
 from samlite.curvature.compiled import compiled, usage_errors
 from samlite.curvature.criterion import Loss
 from samlite.curvature.differences import Differences
-from samlite.curvature.function import Losses
+from samlite.curvature.function import Losses, flat_gradient
 from samlite.curvature.gauss_newton import Curves, Kind
 from samlite.curvature.memory import free_bytes, parse_bytes
 from samlite.curvature.moved import Moved
@@ -102,12 +102,7 @@ class HessianProducts(Operator):
 
     def gradient(self) -> Tensor:
         """The gradient of the mean loss: (p,)."""
-        with self.products():  # which also cuts the data into chunks that fit
-            sums, weights = self._losses.gradient()
-            if self._ranks:
-                self._ranks.sum(sums)
-                weights = self._ranks.total(weights)
-            return sums / weights
+        return self.moved().gradient()
 
     @property
     def model(self) -> nn.Module:
@@ -130,7 +125,7 @@ class HessianProducts(Operator):
         with self.products():  # which cuts the data into chunks that fit
             losses = self._losses.again()
             losses.cut(self._losses.chunk)
-        return Moved(losses, self.sum, self._explained)
+        return Moved(losses, self._ranks, self._explained)
 
     def sample_slopes(self, v: Tensor) -> Tensor:
         """g_i . v of each sample's loss gradient, for the samples of this process: (samples,) in float64."""
@@ -147,8 +142,7 @@ class HessianProducts(Operator):
             losses.rewind(0)
             while (batch := losses.next_batch()) is not End:
                 total, weight = losses.total(batch)
-                parts = torch.autograd.grad(total, self.params, allow_unused=True, materialize_grads=True)
-                slopes.append(torch.cat([part.reshape(-1) for part in parts]).double().dot(v.double()))
+                slopes.append(flat_gradient(total, self.params).double().dot(v.double()))
                 weights += weight
         return torch.stack(slopes) * (len(slopes) / weights)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from samlite.batches import is_pair, rows, samples
+from samlite.curvature.function import flat_gradient
 from samlite.curvature.measures.point import Point, Value
 from samlite.curvature.moved import Moved
 from samlite.curvature.probes import standard_errors
@@ -129,9 +130,7 @@ class _Ascent:
         with self.moved.at(u * self.scale):
             self.losses.forget()
             total, _ = self.losses.total(self.group)
-            params = self.losses.parameters
-            parts = torch.autograd.grad(total, params, allow_unused=True, materialize_grads=True)
-        g = torch.cat([part.reshape(-1) for part in parts]) * self.scale
+            g = flat_gradient(total, self.losses.parameters) * self.scale
         if self.norm == "inf":
             return g.sign()
         largest = g.abs().max()

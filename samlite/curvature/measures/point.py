@@ -26,7 +26,7 @@ class Value(NamedTuple):
     value: float
     error: float = 0.0
     kind: Kind = "exact"
-    matvecs: int = 0
+    matvecs: int = 0  # beside those of `Point.top`
     converged: bool = True
     note: str = ""
 

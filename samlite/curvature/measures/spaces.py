@@ -18,7 +18,7 @@ def alignment(point: Point) -> Value:
     k = min(point.k, point.hessian.shape[0])
     V, sine = point.spaces(k)  # noqa: N806
     g = point.gradient / point.gradient.norm()
-    return Value(float((V.T @ g).square().sum()), sine, "bound", point.top.matvecs, sine < 1, f"k = {k}")
+    return Value(float((V.T @ g).square().sum()), sine, "bound", 0, sine < 1, f"k = {k}")
 
 
 def participation(point: Point) -> Value:
@@ -30,7 +30,7 @@ def participation(point: Point) -> Value:
     v = V[:, 0].double()
     # |v^3| times the change of v, which is at most sqrt(2) times the sine
     error = 4 * float(v.pow(3).norm()) * 2**0.5 * sine + 6 * 2 * sine**2
-    return Value(float(v.pow(4).sum()), min(error, 1.0), "bound", point.top.matvecs, sine < 1)
+    return Value(float(v.pow(4).sum()), min(error, 1.0), "bound", 0, sine < 1)
 
 
 def overlap(point: Point) -> Value:
@@ -45,7 +45,7 @@ def overlap(point: Point) -> Value:
     beside = Point(point.other, k=point.k, tol=point.tol, seed=point.seed)
     (first, sine), (second, sine2) = point.spaces(k), beside.spaces(k)
     error = min(2 * (sine + sine2), 1.0)
-    return Value(shared(first, second), error, "bound", point.top.matvecs + beside.top.matvecs, error < 1, f"k = {k}")
+    return Value(shared(first, second), error, "bound", beside.top.matvecs, error < 1, f"k = {k}")
 
 
 def shared(first: Tensor, second: Tensor) -> float:

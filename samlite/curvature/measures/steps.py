@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from samlite.batches import is_pair, rows, samples
+from samlite.curvature.function import flat_gradient
 from samlite.curvature.gauss_newton import Curves
 from samlite.curvature.measures.point import Point, Value
 from samlite.curvature.probes import standard_errors
@@ -77,15 +78,12 @@ def _quotient(curves: Curves, batch: Any) -> Tensor:
     losses = curves.losses
     losses.forget()
     total, weight = losses.total(batch)
-    params = losses.parameters
     whole = curves.kind == "hessian"
-    parts = torch.autograd.grad(total, params, create_graph=whole, allow_unused=True, materialize_grads=True)
-    g = torch.cat([part.detach().reshape(-1) for part in parts]) / weight
+    gradient = flat_gradient(total, losses.parameters, create_graph=whole) / weight
+    g = gradient.detach()
     g = g / g.abs().max().clamp_min(torch.finfo(g.dtype).tiny)  # squares of small ones underflow
     if whole:
-        slope = torch.cat([part.reshape(-1) for part in parts]).dot(g) / weight
-        second = torch.autograd.grad(slope, params, allow_unused=True, materialize_grads=True)
-        product = torch.cat([part.reshape(-1) for part in second])
+        product = flat_gradient(gradient.dot(g), losses.parameters)
     else:
         losses.forget()
         product = curves.multiplier(batch)(g)

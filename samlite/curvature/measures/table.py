@@ -33,7 +33,7 @@ class Row:
 def sharpness(point: Point) -> Value:
     """lambda_max(H), the largest eigenvalue of the Hessian. The cost of k + 1 eigenvalues."""
     top = point.top
-    return Value(float(top.values[0]), float(top.errors[0]), "bound", top.matvecs, top.converged)
+    return Value(float(top.values[0]), float(top.errors[0]), "bound", converged=top.converged)
 
 
 def preconditioned(point: Point) -> Value:
@@ -117,13 +117,13 @@ def measures(names: Iterable[str], point: Point, progress: Callable[[str], None]
     for name in names:
         if progress:
             progress(name)
-        began, before = time.perf_counter(), point.__dict__.get("top")
+        began, known = time.perf_counter(), "top" in vars(point)
         try:
             found = value_of(name, point)
         except UsageError as error:
             found = Value(math.nan, math.nan, note=str(error))
-        paid = before is not None and found.matvecs == before.matvecs  # by an earlier one
+        if not known and "top" in vars(point):  # the eigenvalues that later ones share
+            found = found._replace(matvecs=found.matvecs + point.top.matvecs)
         work: dict[str, Any] = point.hessian.work(time.perf_counter() - began)
-        found = found._replace(matvecs=0) if paid else found
         result[name] = Measure(**found._asdict(), meaning=MEASURES[name].meaning, **work)
     return result
