@@ -70,7 +70,6 @@ class Asked:
 
     def check(self) -> None:
         """Raise UsageError for options and files that cannot be, before the work."""
-        _ = self.named
         _check_numbers(self)
         _check_checkpoint(self)
         _check_files(self)
@@ -100,6 +99,7 @@ class Asked:
 
 
 def _check_numbers(asked: Asked) -> None:
+    named = asked.named
     if asked.samples is not None and asked.samples < 1:
         raise UsageError(f"--samples must be >= 1, got {asked.samples}")
     if asked.figure is not None and "density" not in asked.measures:
@@ -107,7 +107,7 @@ def _check_numbers(asked: Asked) -> None:
     for name, value in (("--lr", asked.lr), ("--rho", asked.rho)):
         if value is not None and "stability" not in asked.measures and asked.literature is None:
             raise UsageError(f"{name} must go with --stability, got {value}; leave it out, or add --stability")
-    if asked.other is not None and "overlap" not in asked.named:
+    if asked.other is not None and "overlap" not in named:
         raise UsageError(f"--other must go with --measures overlap, got {asked.other}; leave it out, or add it")
     if not 0 < asked.radius < math.inf:
         raise UsageError(f"--radius must be > 0, got {asked.radius}")

@@ -203,12 +203,12 @@ def _cluster(folder: Path, partition: str | None, gpus: int, minutes: int) -> "E
 def _this_machine(cell: "Config") -> "tuple[Engine, int]":
     """The engine, and how many runs it has room for: by its cores, or one for each GPU."""
     from samlite.sweep.engines import Local
+    from samlite.training.loop import cores
 
     gpus = _gpus() if cell.device == "cuda" else []
     if cell.device != "cpu":
         return Local(gpus), max(1, len(gpus))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Local(gpus), max(1, cores // cell.threads)
+    return Local(gpus), max(1, cores() // cell.threads)
 
 
 def _check_taken(given: dict[str, Any], cells: "list[Config]") -> None:

@@ -51,7 +51,7 @@ def trends(report: Report) -> list[Trend]:
     found, first = [], dict[tuple[str, str], dict[int, float]]()
     for condition in conditions:
         rows = [row for row in report.rows if tuple(row.condition.items()) == condition]
-        for optimizer, quantity, by_seed in slopes_of(rows):
+        for optimizer, quantity, by_seed in _slopes(rows):
             slope = Interval.of(by_seed.values())
             if slope is None:
                 continue
@@ -61,7 +61,7 @@ def trends(report: Report) -> list[Trend]:
     return found
 
 
-def slopes_of(rows: Sequence[Row]) -> list[tuple[str, str, dict[int, float]]]:
+def _slopes(rows: Sequence[Row]) -> list[tuple[str, str, dict[int, float]]]:
     """(Optimizer, quantity, slopes by seed) of rows of one condition."""
     optimizers = dict.fromkeys(name for row in rows for name, each in row.optimizers.items() if each.gains)
     result = []

@@ -4,12 +4,12 @@ Every comparison is paired by seed: the mean of the differences, and its interva
 nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from samlite.intervals import Interval, paired
 from samlite.report.groups import described
 from samlite.report.outcomes import Outcome, Report, Row
-from samlite.report.trends import IMPROVEMENT, amount, slopes_of, trends
+from samlite.report.trends import IMPROVEMENT, Trend, amount, trends
 from samlite.tasks.metrics import percent
 
 QUANTITIES = ("a", "s_2", "s_3", "s_4")
@@ -18,13 +18,13 @@ QUANTITIES = ("a", "s_2", "s_3", "s_4")
 def benefit(report: Report) -> str:
     """Whether SAM's benefit grows with width, in every condition, and where its minima are flatter and more uniform."""
     conditions = dict.fromkeys(tuple(row.condition.items()) for row in report.rows)
-    sentences = [_benefit(report, dict(condition)) for condition in conditions]
-    return ". ".join([*sentences, *_beyond(report), *_minima(report), *_trends_of_minima(report)])
+    found = trends(report)
+    sentences = [_benefit(report, dict(condition), found) for condition in conditions]
+    return ". ".join([*sentences, *_beyond(report, found), *_minima(report), *_trends_of_minima(found)])
 
 
-def _benefit(report: Report, condition: dict[str, float]) -> str:
-    rows = [row for row in report.rows if row.condition == condition]
-    outcomes = _sam(rows)
+def _benefit(report: Report, condition: dict[str, float], found: Sequence[Trend]) -> str:
+    outcomes = _sam([row for row in report.rows if row.condition == condition])
     where = described(condition.items())
     prefix = f"{where}: " if where else ""
     if not outcomes:
@@ -40,7 +40,9 @@ def _benefit(report: Report, condition: dict[str, float]) -> str:
     effect = f"SAM is {' and '.join(said)}" if said else _no_difference(gains, report.metric)
     if len(outcomes) < 2:
         return prefix + effect
-    return f"{prefix}{effect}; {growth(rows, gains[max(gains)], report.metric)}"
+    own = (each for each in found if each.condition == condition and each.optimizer.split("-")[0] == "sam")
+    slope = next((each.slope for each in own if each.quantity == IMPROVEMENT), None)
+    return f"{prefix}{effect}; {_growth(slope, gains[max(gains)], report.metric)}"
 
 
 def _no_difference(gains: Mapping[int, Interval], metric: str) -> str:
@@ -53,9 +55,8 @@ def _no_difference(gains: Mapping[int, Interval], metric: str) -> str:
     return f"{text}, where {span}{_unit(metric)} could have been seen"
 
 
-def growth(rows: Sequence[Row], last: Interval, metric: str) -> str:
+def _growth(slope: Interval | None, last: Interval, metric: str) -> str:
     """On the claim that the gain grows with width, by the slope over all widths; `last` is the gain at the largest."""
-    slope = next((Interval.of(found.values()) for found in _improvement_slopes(rows)), None)
     if slope is None or slope.half_width is None:
         return "too few seeds to judge its growth"
     text = f"its benefit changes by {amount(slope, metric)}"
@@ -69,13 +70,6 @@ def growth(rows: Sequence[Row], last: Interval, metric: str) -> str:
     seen = f"a growth of {slope.half_width * percent(metric):.2g}{_unit(metric)} could have been seen"
     end = "this agrees in part" if last.positive else "this neither shows nor excludes it"
     return f"{text}, so no growth is seen, where {seen}: {end}"
-
-
-def _improvement_slopes(rows: Sequence[Row]) -> Iterator[dict[int, float]]:
-    """Of plain SAM or, without one, of the first of its forms, as `_sam` takes them."""
-    for optimizer, quantity, by_seed in slopes_of(rows):
-        if quantity == IMPROVEMENT and optimizer.split("-")[0] == "sam" and by_seed:
-            yield by_seed
 
 
 def _unit(metric: str) -> str:
@@ -95,10 +89,10 @@ def _minima(report: Report) -> list[str]:
     return [f"Significantly smaller at SAM's minima: {', '.join(said)}"] if said else []
 
 
-def _beyond(report: Report) -> list[str]:
+def _beyond(report: Report, found: Sequence[Trend]) -> list[str]:
     """Whether the benefit grows faster with width under later conditions than under the first one."""
     said = []
-    for trend in trends(report):
+    for trend in found:
         if trend.quantity != IMPROVEMENT or trend.beyond is None or trend.beyond.half_width is None:
             continue
         change = "faster" if trend.beyond.positive else "slower" if trend.beyond.negative else "no faster"
@@ -107,10 +101,10 @@ def _beyond(report: Report) -> list[str]:
     return said
 
 
-def _trends_of_minima(report: Report) -> list[str]:
+def _trends_of_minima(found: Sequence[Trend]) -> list[str]:
     """Whether a and s_k of SAM's minima over its base's fall with width."""
     said = []
-    for trend in trends(report):
+    for trend in found:
         if trend.quantity == IMPROVEMENT or trend.slope.half_width is None:
             continue
         change = "rises" if trend.slope.positive else "falls" if trend.slope.negative else "does not change"

@@ -7,9 +7,8 @@ the run that is trained alone but for rounding: products of batched matrices add
 In memory: the weights, momentum and gradients of all members, a batch of each, and each seed's data once.
 """
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from samlite.data.tensors import Splits, TensorData
 from samlite.errors import UsageError
 from samlite.tasks.task import Scores
 from samlite.training.config import Config, task_of
-from samlite.training.loop import held, learning_rate
+from samlite.training.loop import cores, held, learning_rate, threads
 from samlite.training.runs import load_data
 from samlite.training.session import EpochRecord, Session, TrainingError
 
@@ -69,27 +68,13 @@ def train_batched(cells: Sequence[Config], folder: Path) -> Iterator[tuple[Confi
                 (folder / cell.name).parent.mkdir(parents=True, exist_ok=True)
                 if not stack.enter_context(held(folder / cell.name, cell, True)):
                     members.append(cell)
-            stack.enter_context(_threads())
+            stack.enter_context(threads(cores()))  # all of them compute one batch
             yield from _train(members, folder)
-
-
-@contextmanager
-def _threads() -> Iterator[None]:
-    """All cores compute one batch."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _train(cells: Sequence[Config], folder: Path) -> Iterator[tuple[Config, EpochRecord | str]]:
     data = _Shared(folder)
-    sessions = [
-        Session(cell, folder / cell.name, data=data.of(cell), members=len(cells)) for cell in cells
-    ]  # fmt: skip
-    active = list(sessions)
+    active = [Session(cell, folder / cell.name, data=data.of(cell), members=len(cells)) for cell in cells]
     while active:
         done = min(len(session.records) for session in active)
         behind = [session for session in active if len(session.records) == done]
@@ -110,6 +95,11 @@ def _train(cells: Sequence[Config], folder: Path) -> Iterator[tuple[Config, Epoc
                 break
 
 
+def _key(cell: Config) -> tuple[int, float]:
+    """What decides a run's data and the order of its batches."""
+    return cell.seed, cell.label_noise
+
+
 class _Shared:
     """The data of each seed and noise once, and inputs that are the same for all of them once."""
 
@@ -118,7 +108,7 @@ class _Shared:
 
     def of(self, cell: Config) -> Splits:
         """The data of a cell. Raises UsageError unless samples are tensors."""
-        key = cell.seed, cell.label_noise
+        key = _key(cell)
         if key not in self.known:
             data = load_data(task_of(cell), cell, self.folder / cell.name).to(cell.device)
             self.known[key] = Splits(
@@ -150,11 +140,12 @@ class _Batch:
         self.rho = self._column([session.config.rho for session in sessions])
         self.perturbs = any(session.config.rho for session in sessions)
         self.normalize = self._column([float(session.config.normalize) for session in sessions]).bool()
-        # One order of batches a seed: its members have the same generator, and the same inputs.
-        keys = [(session.config.seed, session.config.label_noise) for session in sessions]
-        self.leaders = [sessions[keys.index(key)] for key in dict.fromkeys(keys)]
-        order = list(dict.fromkeys(keys))
-        self.place = torch.tensor([order.index(key) for key in keys], device=self.rho.device)
+        # Members with the same data have the same order of batches: the first of them draws it.
+        leaders: dict[Any, Session] = {}
+        for session in sessions:
+            leaders.setdefault(_key(session.config), session)
+        self.leaders, known = list(leaders.values()), list(leaders)
+        self.place = torch.tensor([known.index(_key(s.config)) for s in sessions], device=self.rho.device)
         self.forward = {shared: vmap(self._outputs, in_dims=(0, None if shared else 0)) for shared in (True, False)}
         self.loss = vmap(self.task.loss)
 
@@ -188,9 +179,8 @@ class _Batch:
         for batches in zip(*(session.batches() for session in self.leaders), strict=True):
             inputs, targets = (torch.stack(parts)[self.place] for parts in zip(*batches, strict=True))
             losses.append(self._step(inputs, targets, lr))
-        by_key = {(s.config.seed, s.config.label_noise): s.order.get_state() for s in self.leaders}
-        for session in self.sessions:
-            session.order.set_state(by_key[session.config.seed, session.config.label_noise])
+        for session, place in zip(self.sessions, self.place.tolist(), strict=True):
+            session.order.set_state(self.leaders[place].order.get_state())
             passes = 2 if session.config.rho else 1
             session.closures.count(passes * len(losses))
         self._write_back()

@@ -6,6 +6,7 @@ it was interrupted.
 """
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -80,13 +81,19 @@ def held(out: Path, config: Config, resume: bool) -> Iterator[bool]:
     if not tasks.get(config.task).fixed_samples and world > 1:
         raise UsageError(f"task {config.task} trains in one process, got {world}; start it without torchrun")
     check_folder(out, config, resume)  # before anything is written there
-    with locked(out) if distributed.rank() == 0 else nullcontext(), _threads(config.threads):
+    with locked(out) if distributed.rank() == 0 else nullcontext(), threads(config.threads):
         check_folder(out, config, resume)  # again: another process may have come first
         yield distributed.broadcast((out / RESULT).exists)
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def threads(number: int) -> Iterator[None]:
+    """Compute with so many threads of the CPU inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
