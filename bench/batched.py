@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     for width in map(int, options.widths.split(",")):
         pairs = [
-            [seconds(width, options.seeds, options.epochs, *more) for more in ((), ("--batched",))]
+            [seconds(width, options.seeds, options.epochs, *more) for more in (("--no-batched",), ("--batched",))]
             for _ in range(options.repeats)
         ]
         ratios = [alone / batched for alone, batched in pairs]

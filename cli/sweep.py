@@ -66,7 +66,11 @@ if TYPE_CHECKING:
     help="Of every minimum: eigenvalues, moments (of the samples' Hessians), or none.",
 )
 @options.track_options
-@click.option("--batched", is_flag=True, help="Train all runs of a width as one batched network: small MLPs.")
+@click.option(
+    "--batched/--no-batched",
+    default=None,
+    help="Train the runs of a width together, as one batched network; default where that is faster: small MLPs.",
+)
 @click.option("--jobs", type=int, help="Runs at once; default as many as the cores allow, or one a GPU.")
 @click.option(
     "--engine",
@@ -96,7 +100,7 @@ def sweep(
     track: int | None,
     track_measures: str | None,
     track_every: int | None,
-    batched: bool,
+    batched: bool | None,
     jobs: int | None,
     engine: str,
     partition: str | None,
@@ -118,7 +122,6 @@ def sweep(
       samlite sweep digits --widths 8,32,128
       samlite sweep digits --widths 32,128 --seeds 5 --rhos 0.05,0.1,0.2 --out runs/rhos
       samlite sweep digits --widths 32,128 --rhos auto
-      samlite sweep synthetic --widths 192,800 --seeds 5 --rhos 0.05,0.1 --batched
       samlite sweep synthetic --widths 192,1920 --optimizers adam,sam --jobs 4
       samlite sweep digits --widths 16,64 --measure eigenvalues,moments
       samlite sweep digits --widths 16,64 --label-noises 0,0.25,0.5
@@ -152,6 +155,9 @@ def sweep(
     _check_taken(given, cells)
     folder = out or folder_of(task)
     if engine == "slurm":
+        if batched:
+            raise UsageError("--batched must go with --engine local; leave it out")
+        batched = False
         where, most = _cluster(folder, partition, gpus, minutes), len(cells)
     else:
         where, most = _this_machine(cells[0])
@@ -178,20 +184,6 @@ def _search(folder: Path, cells: "list[Config]", how: Any) -> int:
         if new == len(more):
             break
     return failures
-
-
-def _train_batched(folder: Path, cells: "list[Config]") -> None:
-    """Train the cells of each width as one network; what fails is told, and left to be trained alone."""
-    from samlite import sweep as sweeps
-
-    with progress() as bar:
-        work = bar.add_task("loading", total=sum(cell.epochs for cell in cells))
-        for cell, result in sweeps.train_batched(folder, cells):
-            if isinstance(result, str):
-                bar.console.print(f"{cell.name} failed: {result}", soft_wrap=True)
-            else:
-                status = f"width {cell.width}, epoch {result.epoch}: loss {result.train_loss:.3g}"
-                bar.update(work, advance=1, description=status)
 
 
 def _cluster(folder: Path, partition: str | None, gpus: int, minutes: int) -> "Engine":
@@ -229,15 +221,14 @@ def _gpus() -> list[str]:
 
 
 def _run(
-    folder: Path, cells: "list[Config]", measure: tuple[str, ...], jobs: int, engine: "Engine", batched: bool
+    folder: Path, cells: "list[Config]", measure: tuple[str, ...], jobs: int, engine: "Engine", batched: bool | None
 ) -> int:
     """Run the sweep with a bar of its cells; return how many failed."""
     from samlite import sweep as sweeps
 
-    if batched:
-        _train_batched(folder, cells)
     running, failures = [], 0
-    with progress() as bar, closing(sweeps.run(folder, cells, measure=measure, jobs=jobs, engine=engine)) as events:
+    how: dict[str, Any] = {"measure": measure, "jobs": jobs, "engine": engine, "batched": batched}
+    with progress() as bar, closing(sweeps.run(folder, cells, **how)) as events:
         work = bar.add_task("starting", total=len(cells))
         for event in events:
             if event.state == "started":

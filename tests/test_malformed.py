@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -487,13 +487,15 @@ def too_long(number: int, frame: FrameType | None) -> None:
 
 @dataclass(frozen=True)
 class NotStarted:
-    """A cell of a sweep, which these tests do not start."""
+    """Cells of a sweep, which these tests do not start."""
+
+    cells: Sequence[Config]
 
     def ended(self) -> bool:
         return True
 
-    def failure(self) -> str:
-        return "not started"
+    def failures(self) -> dict[str, str]:
+        return {cell.name: "not started" for cell in self.cells}
 
     def stop(self) -> None: ...
 
@@ -552,7 +554,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def attempt(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Case], list[str]]]:
     """Run a case in a copy of the template; returns what is wrong with its end."""
-    monkeypatch.setattr(engines.Local, "start", lambda *arguments: NotStarted())
+    monkeypatch.setattr(engines.Local, "start", lambda engine, folder, cells, measure: NotStarted(cells))
     monkeypatch.setattr(sys, "path", [*sys.path])
     place = tmp_path / "place"
 

@@ -45,10 +45,14 @@ class Residual(nn.Module):
         super().__init__()
         self.branch = branch
         same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else convolution(inputs, outputs, 1, stride)
+        self.stride = stride
+        self.shortcut = nn.Identity() if same else convolution(inputs, outputs, 1)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return F.relu(self.branch(inputs) + self.shortcut(inputs))
+        # A 1×1 convolution with a stride is one of the numbers that it meets. As such torch 2.13 writes beside its
+        # memory, in the backward pass on a CPU with AVX2, where there are fewer than 8 channels.
+        met = inputs if self.stride == 1 else inputs[..., :: self.stride, :: self.stride]
+        return F.relu(self.branch(inputs) + self.shortcut(met))
 
 
 def basic(inputs: int, filters: int, stride: int) -> Residual:

@@ -1,28 +1,36 @@
-"""The cells of a sweep trained in batches, in this process."""
+"""Which cells of a sweep are trained together as one batched network."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from itertools import pairwise
 
-from samlite.sweep.run import record
-from samlite.training.batched import train_batched as train
+from samlite.training.batched import check, fitting, pays
 from samlite.training.config import Config
-from samlite.training.session import EpochRecord
 
 
-def train_batched(folder: Path | str, cells: Sequence[Config]) -> Iterator[tuple[Config, EpochRecord | str]]:
-    """Train the cells, those that differ by seed, labels, optimizer and radius together; see `training.batched`.
+def together(cells: Sequence[Config], jobs: int, batched: bool | None) -> list[tuple[Config, ...]]:
+    """The cells in the groups that are trained together, each by one process; most are groups of one.
 
-    Yields (cell, record) an epoch, or (cell, why it failed): the others go on. The cells join the folder's sweep.json.
+    Those of a group differ by seed, labels, optimizer and radius. Groups are evened out over the jobs.
+
+    Args:
+        batched: whether cells are put together; None where that is faster than each alone.
 
     Raises:
-        UsageError: a cell cannot be a member of a batch; the folder holds something else.
+        UsageError: `batched`, and a cell cannot be trained so.
     """
-    folder = Path(folder)
-    record(folder, cells)
+    if batched is False:
+        return [(cell,) for cell in cells]
     alike: dict[Config, list[Config]] = {}
     for cell in cells:
+        if batched:
+            check(cell)
         plain = replace(cell, seed=0, label_noise=0.0, rho=0.0, normalize=True, optimizer=cell.base)
         alike.setdefault(plain, []).append(cell)
-    for together in alike.values():
-        yield from train(together, folder)
+    groups = []
+    for same in alike.values():
+        most = fitting(same[0]) if batched or pays(same[0]) else 1
+        count = len(same) if most == 1 else max(min(jobs, len(same) // 2), -(-len(same) // most))
+        ends = [len(same) * i // count for i in range(count + 1)]
+        groups += [tuple(same[start:end]) for start, end in pairwise(ends)]
+    return sorted(groups, key=lambda group: cells.index(group[0]))

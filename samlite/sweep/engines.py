@@ -1,6 +1,7 @@
 """Where the cells of a sweep run: in processes of this machine, or as jobs of a cluster through submitit.
 
-An engine starts a cell in a subfolder of the sweep, and gives a handle to what is running.
+An engine starts a cell in a subfolder of the sweep, or several that are trained as one batched network, and gives a
+handle to what is running.
 """
 
 import json
@@ -33,19 +34,19 @@ NOTICE = 30  # seconds before that at which a job is told, or up to 60 more: a r
 
 
 class Running(Protocol):
-    """A cell that was started."""
+    """Cells that were started."""
 
     def ended(self) -> bool: ...
 
-    def failure(self) -> str:
-        """Wait for the end, and say in a line why it failed; empty where it did not."""
+    def failures(self) -> dict[str, str]:
+        """Wait for the end, and say in a line why cells failed, by their names; those that did not are not in it."""
         ...
 
     def stop(self) -> None: ...
 
 
 class Engine(Protocol):
-    def start(self, folder: Path, cell: Config, measure: Collection[str]) -> Running: ...
+    def start(self, folder: Path, cells: Sequence[Config], measure: Collection[str]) -> Running: ...
 
     def close(self) -> None:
         """No more cells will come."""
@@ -56,7 +57,7 @@ class Local:
     """Processes of this machine, which end when the sweep does.
 
     A process runs one cell after the other, as it takes longer to start than many a cell. One that crashes takes the
-    cell with it that it runs, and the next cell gets a new one.
+    cells with it that it runs, and the next cell gets a new one.
 
     Args:
         gpus: as CUDA_VISIBLE_DEVICES names them; a cell on device cuda runs on the one with the fewest others.
@@ -66,14 +67,14 @@ class Local:
         self.gpus = gpus
         self._workers: list[_Worker] = []
 
-    def start(self, folder: Path, cell: Config, measure: Collection[str]) -> Running:
+    def start(self, folder: Path, cells: Sequence[Config], measure: Collection[str]) -> Running:
         self._workers = [worker for worker in self._workers if worker.alive()]
-        gpu = self._free() if self.gpus and cell.device == "cuda" else None
+        gpu = self._free() if self.gpus and cells[0].device == "cuda" else None
         idle = [worker for worker in self._workers if worker.idle and (worker.gpu, worker.folder) == (gpu, folder)]
         worker = idle[0] if idle else _Worker(folder, gpu)
         if not idle:
             self._workers.append(worker)
-        return worker.run(cell, measure)
+        return worker.run(cells, measure)
 
     def _free(self) -> str:
         return min(self.gpus, key=[worker.gpu for worker in self._workers if not worker.idle].count)
@@ -113,7 +114,8 @@ class Cluster:
             options["slurm_partition"] = partition
         self._executor.update_parameters(name="samlite", **options)
 
-    def start(self, folder: Path, cell: Config, measure: Collection[str]) -> Running:
+    def start(self, folder: Path, cells: Sequence[Config], measure: Collection[str]) -> Running:
+        [cell] = cells
         note = self._jobs / f"{cell.name}.json"
         if earlier := self._earlier(note, measure):
             return _Job(earlier, note)
@@ -167,15 +169,16 @@ class _Worker:
     def alive(self) -> bool:
         return self.child.poll() is None
 
-    def run(self, cell: Config, measure: Collection[str]) -> Running:
-        """Start a cell; there must be none running."""
+    def run(self, cells: Sequence[Config], measure: Collection[str]) -> Running:
+        """Start cells; there must be none running."""
         self.idle = False
-        answer = Future[str]()
-        request = json.dumps({"cell": cell.to_json(), "measure": list(measure)})
-        threading.Thread(target=self._exchange, args=[request, answer], daemon=True).start()
+        answer = Future[dict[str, str]]()
+        request = json.dumps({"cells": [cell.to_json() for cell in cells], "measure": list(measure)})
+        names = [cell.name for cell in cells]
+        threading.Thread(target=self._exchange, args=[request, names, answer], daemon=True).start()
         return _Run(self, answer)
 
-    def _exchange(self, request: str, answer: "Future[str]") -> None:
+    def _exchange(self, request: str, names: Sequence[str], answer: "Future[dict[str, str]]") -> None:
         assert self.child.stdin is not None and self.child.stdout is not None
         try:
             self.child.stdin.write(request.encode() + b"\n")
@@ -185,9 +188,9 @@ class _Worker:
             line = b""
         if line:
             self.idle = True
-            answer.set_result(json.loads(line)["failure"])
+            answer.set_result(json.loads(line)["failures"])
         else:
-            answer.set_result(self._end())
+            answer.set_result(dict.fromkeys(names, self._end()))
 
     def _end(self) -> str:
         """Wait for the end of the process, and say why it came."""
@@ -213,15 +216,15 @@ class _Worker:
 
 @dataclass(frozen=True)
 class _Run:
-    """A cell that a worker runs."""
+    """Cells that a worker runs."""
 
     worker: _Worker
-    answer: "Future[str]"
+    answer: "Future[dict[str, str]]"
 
     def ended(self) -> bool:
         return self.answer.done()
 
-    def failure(self) -> str:
+    def failures(self) -> dict[str, str]:
         return self.answer.result()
 
     def stop(self) -> None:
@@ -236,12 +239,13 @@ class _Job:
     def ended(self) -> bool:
         return bool(self.job.done())
 
-    def failure(self) -> str:
+    def failures(self) -> dict[str, str]:
         try:
-            reason: str = self.job.result()
+            found: dict[str, str] = self.job.result()
         except Exception as error:  # whatever the cluster did to it
-            return f"job {self.job.job_id}: {(str(error).strip().splitlines() or [type(error).__name__])[-1]}"
-        return reason
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            return {self.note.stem: f"job {self.job.job_id}: {reason}"}
+        return found
 
     def stop(self) -> None:
         self.job.cancel(check=False)
@@ -256,11 +260,11 @@ class _Cell:
     cell: Config
     measure: tuple[str, ...]
 
-    def __call__(self) -> str:
+    def __call__(self) -> dict[str, str]:
         worker = _Worker(self.folder)
-        failure = worker.run(self.cell, self.measure).failure()
+        failures = worker.run([self.cell], self.measure).failures()
         worker.close()
-        return failure
+        return failures
 
     def checkpoint(self) -> Any:
         """Called by submitit before the job is requeued; the run resumes from its own files."""

@@ -14,6 +14,7 @@ from filelock import BaseFileLock
 
 from samlite.errors import UsageError, require
 from samlite.files import claimed, locked, write_json
+from samlite.sweep.batched import together
 from samlite.sweep.engines import Engine, Local, Running
 from samlite.sweep.grid import SWEEP, check_one_sweep, read_cells
 from samlite.training.config import Config
@@ -39,6 +40,7 @@ def run(
     measure: Collection[str] = (),
     jobs: int = 1,
     engine: Engine | None = None,
+    batched: bool | None = False,
 ) -> Generator[Event, None, None]:
     """Run the cells that are not finished, `jobs` at a time, and yield what happens.
 
@@ -49,6 +51,7 @@ def run(
     Args:
         measure: of `MEASURES`, taken of every minimum that lacks it.
         engine: where cells run; default in processes of this machine.
+        batched: train runs of a width together as one batched network, which is a job; None where that is faster.
 
     Raises:
         UsageError: the folder holds something else, or a sweep with another recipe.
@@ -58,42 +61,55 @@ def run(
     require(jobs >= 1, f"jobs must be >= 1, got {jobs}")
     folder, engine = Path(folder), engine or Local()
     record(folder, cells)
-    waiting = []
+    unfinished = []
     for cell in cells:
         if finished(folder / cell.name, cell, measure):
             yield Event(cell, "done")
         else:
-            waiting.append(cell)
-    running: list[tuple[Config, Running, BaseFileLock]] = []
+            unfinished.append(cell)
+    waiting = together(unfinished, jobs, batched)
+    running: list[tuple[Running, dict[Config, BaseFileLock]]] = []
     try:
         while waiting or running:
-            for cell in list(waiting):
+            for group in list(waiting):
                 if len(running) == jobs:
                     break
-                claim = claimed(folder / CLAIMS / cell.name)
-                if claim is None:  # by another sweep, which may yet be killed
+                claims = _claims(folder, group)
+                if not claims:
                     continue
-                waiting.remove(cell)
-                if finished(folder / cell.name, cell, measure):
-                    claim.release()
+                waiting.remove(group)
+                if rest := tuple(cell for cell in group if cell not in claims):
+                    waiting.append(rest)
+                for cell in [cell for cell in claims if finished(folder / cell.name, cell, measure)]:
+                    claims.pop(cell).release()
                     yield Event(cell, "done")
-                else:
-                    running.append((cell, engine.start(folder, cell, measure), claim))
-                    yield Event(cell, "started")
+                if claims:
+                    running.append((engine.start(folder, tuple(claims), measure), claims))
+                    for cell in claims:
+                        yield Event(cell, "started")
             time.sleep(0.02 if running else 0.5)
-            for one in [one for one in running if one[1].ended()]:
+            for one in [one for one in running if one[0].ended()]:
                 running.remove(one)
-                cell, process, claim = one
-                reason = process.failure()
-                claim.release()
-                yield Event(cell, "failed" if reason else "finished", reason)
+                process, claims = one
+                failures = process.failures()
+                for cell, claim in claims.items():
+                    claim.release()
+                    reason = failures.get(cell.name, "")
+                    yield Event(cell, "failed" if reason else "finished", reason)
     finally:
-        for _, process, _ in running:
+        for process, _ in running:
             process.stop()
-        for _, process, claim in running:
-            process.failure()
-            claim.release()
+        for process, claims in running:
+            process.failures()
+            for claim in claims.values():
+                claim.release()
         engine.close()
+
+
+def _claims(folder: Path, cells: Sequence[Config]) -> dict[Config, BaseFileLock]:
+    """The claims of the cells that no other sweep has claimed, which may yet be killed."""
+    claims = {cell: claimed(folder / CLAIMS / cell.name) for cell in cells}
+    return {cell: claim for cell, claim in claims.items() if claim}
 
 
 def finished(folder: Path, cell: Config, measure: Collection[str] = ()) -> bool:

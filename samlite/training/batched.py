@@ -2,30 +2,35 @@
 
 A step of a small network is mostly overhead, which the members of a batch share. Each has its own first weights, data,
 order of batches, labels, radius and momentum, and is a run of its own on disk, which any other command takes. It equals
-the run that is trained alone but for rounding: products of batched matrices add in another order.
+the run that is trained alone but for rounding: products of batched matrices add in another order, which may depend on
+their number.
 
 In memory: the weights, momentum and gradients of all members, a batch of each, and each seed's data once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from samlite.data.tensors import Splits, TensorData
 from samlite.errors import UsageError
+from samlite.tasks.own import OwnTask
 from samlite.tasks.task import Scores
 from samlite.training.config import Config, task_of
-from samlite.training.loop import cores, held, learning_rate, threads
+from samlite.training.loop import held, learning_rate
 from samlite.training.runs import load_data
 from samlite.training.session import EpochRecord, Session, TrainingError
 
 MOST = 64  # members of a batch
-CHUNK = 512  # samples that all members evaluate at once: more do not fit into the caches of a CPU
+FAST = 400_000  # parameters of all members: of more, a CPU's caches do not hold the weights and gradients
+PAYS = 8  # members, from which on they are trained faster together than alone
+CHUNK = 128  # samples that all members evaluate at once: more do not fit into the caches of a CPU
+_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Identity)
 _NEEDED = {
     "base": ("sgd",),
     "optimizer": ("sgd", "sam"),
@@ -49,6 +54,26 @@ def why_not(cell: Config) -> str:
     return ""
 
 
+def check(cell: Config) -> None:
+    """Raise UsageError where a run cannot be a member of a batch by its config."""
+    if reason := why_not(cell):
+        raise UsageError(f"{cell.name} cannot be trained in a batch: {reason}; leave --batched out")
+
+
+def fitting(cell: Config) -> int:
+    """How many runs like this one are best trained as one batch."""
+    return MOST if cell.device != "cpu" else max(2, min(MOST, FAST // task_of(cell).parameters(cell.width)))
+
+
+def pays(cell: Config) -> bool:
+    """Whether runs like this one are trained faster as a batch than each alone."""
+    task = task_of(cell)
+    if why_not(cell) or isinstance(task, OwnTask):  # which is not made to look at it
+        return False
+    with torch.device("meta"):
+        return not _obstacle(task.build(cell.width, None, {})) and fitting(cell) >= PAYS
+
+
 def train_batched(cells: Sequence[Config], folder: Path) -> Iterator[tuple[Config, EpochRecord | str]]:
     """Train cells of one width in their subfolders, and yield (cell, record) an epoch, or (cell, why it failed).
 
@@ -59,17 +84,14 @@ def train_batched(cells: Sequence[Config], folder: Path) -> Iterator[tuple[Confi
         BlockingIOError: another process trains in one of the folders.
     """
     for cell in cells:
-        if reason := why_not(cell):
-            raise UsageError(f"{cell.name} cannot be trained in a batch: {reason}; leave --batched out")
-    for start in range(0, len(cells), MOST):
-        with ExitStack() as stack:
-            members = []
-            for cell in cells[start : start + MOST]:
-                (folder / cell.name).parent.mkdir(parents=True, exist_ok=True)
-                if not stack.enter_context(held(folder / cell.name, cell, True)):
-                    members.append(cell)
-            stack.enter_context(threads(cores()))  # all of them compute one batch
-            yield from _train(members, folder)
+        check(cell)
+    with ExitStack() as stack:
+        members = []
+        for cell in cells:
+            (folder / cell.name).parent.mkdir(parents=True, exist_ok=True)
+            if not stack.enter_context(held(folder / cell.name, cell, True)):
+                members.append(cell)
+        yield from _train(members, folder)
 
 
 def _train(cells: Sequence[Config], folder: Path) -> Iterator[tuple[Config, EpochRecord | str]]:
@@ -126,51 +148,60 @@ class _Shared:
 
 
 class _Batch:
-    """Runs that have come equally far, as one network."""
+    """Runs that have come equally far, as one network; those that perturb come first."""
 
     def __init__(self, sessions: Sequence[Session]) -> None:
-        self.sessions = list(sessions)
+        self.sessions = sorted(sessions, key=lambda session: not session.config.rho)
         first = self.sessions[0]
         self.task, self.model = first.task, first.model
-        _check(self.model, first.config)
-        self.names = [name for name, _ in self.model.named_parameters()]
-        each = [list(session.model.parameters()) for session in sessions]
-        self.weights = [torch.stack([p.detach() for p in same]) for same in zip(*each, strict=True)]
-        self.momentum = [self._momentum(same) for same in zip(*each, strict=True)]
-        self.rho = self._column([session.config.rho for session in sessions])
-        self.perturbs = any(session.config.rho for session in sessions)
-        self.normalize = self._column([float(session.config.normalize) for session in sessions]).bool()
+        if obstacle := _obstacle(self.model):
+            raise UsageError(f"task {first.config.task} cannot be trained in a batch: {obstacle}; leave --batched out")
+        parameters = list(self.model.parameters())
+        self.shapes, self.sizes = [p.shape for p in parameters], [p.numel() for p in parameters]
+        self.weights = torch.stack([_flat(session.model.parameters()) for session in self.sessions])
+        self.momentum = torch.stack([_momentum(session) for session in self.sessions])
+        self.rho = self._column([session.config.rho for session in self.sessions if session.config.rho])
+        normalize = [float(session.config.normalize) for session in self.sessions if session.config.rho]
+        self.normalize = self._column(normalize).bool()
         # Members with the same data have the same order of batches: the first of them draws it.
         leaders: dict[Any, Session] = {}
-        for session in sessions:
+        for session in self.sessions:
             leaders.setdefault(_key(session.config), session)
         self.leaders, known = list(leaders.values()), list(leaders)
-        self.place = torch.tensor([known.index(_key(s.config)) for s in sessions], device=self.rho.device)
-        self.forward = {shared: vmap(self._outputs, in_dims=(0, None if shared else 0)) for shared in (True, False)}
+        self.place = torch.tensor([known.index(_key(s.config)) for s in self.sessions], device=self.rho.device)
         self.loss = vmap(self.task.loss)
 
-    def _gradients(self, weights: list[Tensor], inputs: Tensor, targets: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(The gradients of each member's loss by its weights, the losses)."""
-        leaves = [w.detach().requires_grad_() for w in weights]
-        losses = self.loss(self.forward[False](tuple(leaves), inputs), targets)
-        return list(torch.autograd.grad(losses.sum(), leaves)), losses.detach()
+    def _gradients(self, weights: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(The gradients of each member's loss by its weights: (members, parameters), the losses)."""
+        leaves = [w.requires_grad_() for w in self._parts(weights.detach())]
+        with torch.enable_grad():
+            losses = self.loss(self._outputs(leaves, inputs), targets)
+            gradients = torch.autograd.grad(losses.sum(), leaves)
+        return torch.cat([g.flatten(1) for g in gradients], dim=1), losses.detach()
 
-    def _outputs(self, weights: tuple[Tensor, ...], inputs: Tensor) -> Tensor:
-        outputs: Tensor = functional_call(self.model, dict(zip(self.names, weights, strict=True)), (inputs,))
-        return outputs
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        """(members, parameters) as (members, ...) for each parameter: views."""
+        return [
+            part.view(-1, *shape) for part, shape in zip(flat.split_with_sizes(self.sizes, 1), self.shapes, strict=True)
+        ]
+
+    def _outputs(self, weights: Sequence[Tensor], inputs: Tensor) -> Tensor:
+        """Each member's outputs for its inputs: (members, samples, features) in and out."""
+        left = iter(weights)
+        for layer in self.model.children():
+            if isinstance(layer, nn.Linear):
+                weight, bias = next(left), next(left)
+                inputs = torch.baddbmm(bias.unsqueeze(1), inputs, weight.mT)
+            else:
+                inputs = layer(inputs)
+        return inputs
 
     def _column(self, values: Sequence[float]) -> Tensor:
-        like = self.weights[0]
-        return torch.tensor(values, dtype=like.dtype, device=like.device)
-
-    def _momentum(self, same: Sequence[nn.Parameter]) -> Tensor | None:
-        """The momentum of a parameter; None before the first step."""
-        kept = [s.optimizer.state.get(p, {}).get("momentum_buffer") for s, p in zip(self.sessions, same, strict=True)]
-        return None if kept[0] is None else torch.stack(kept)
+        """(members, 1)"""
+        return torch.tensor(values, dtype=self.weights.dtype, device=self.weights.device).unsqueeze(1)
 
     def epoch(self, epoch: int) -> list[EpochRecord | str]:
         """Train every member for an epoch: its record, or why it failed."""
-        self.model.train()
         lr = learning_rate(self.sessions[0].config, epoch)
         for session in self.sessions:
             for group in session.optimizer.param_groups:
@@ -186,72 +217,74 @@ class _Batch:
         self._write_back()
         return self._records(epoch, torch.stack(losses, dim=1))
 
+    @torch.no_grad()
     def _step(self, inputs: Tensor, targets: Tensor, lr: float) -> Tensor:
         """One step of every member; returns the losses before it: (members,)."""
         slopes, losses = self._gradients(self.weights, inputs, targets)
-        if self.perturbs:
-            first = _norms(slopes)
+        perturbing = len(self.rho)
+        if perturbing:
+            first = slopes[:perturbing].norm(dim=1, keepdim=True)
             numbers = torch.finfo(first.dtype)
             divisor = first.clamp_min((numbers.tiny / numbers.eps) ** 0.5).where(self.normalize, 1.0)
-            scale = torch.where(self.rho > 0, self.rho / divisor, torch.zeros_like(divisor))
-            moved = [w + _each(scale, g) * g for w, g in zip(self.weights, slopes, strict=True)]
-            slopes, _ = self._gradients(moved, inputs, targets)
-            steps = (first + _norms(slopes)).isfinite() | (self.rho == 0)  # a plain step is taken whatever it is
-        else:
-            steps = torch.ones_like(self.rho, dtype=torch.bool)
-        config = self.sessions[0].config
-        for i, (w, g) in enumerate(zip(self.weights, slopes, strict=True)):
-            g = g + config.weight_decay * w if config.weight_decay else g
-            if config.momentum:
-                kept = self.momentum[i]
-                buffer = g.clone() if kept is None else config.momentum * kept + g
-                self.momentum[i] = buffer if kept is None else torch.where(_each(steps, g), buffer, kept)
-                g = buffer
-            self.weights[i] = torch.where(_each(steps, w), w - lr * g, w)
+            moved = torch.addcmul(self.weights[:perturbing], slopes[:perturbing], self.rho / divisor)
+            second, _ = self._gradients(moved, inputs[:perturbing], targets[:perturbing])
+            taken = (first + second.norm(dim=1, keepdim=True)).isfinite()
+            self._update(slice(perturbing), second, lr, taken)
+        if perturbing < len(losses):
+            rest = slice(perturbing, None)
+            self._update(rest, slopes[rest], lr)  # a plain step is taken whatever it is
         return losses
 
+    def _update(self, members: slice, slopes: Tensor, lr: float, taken: Tensor | None = None) -> None:
+        """The step of SGD of some members by their gradients, which it overwrites; of those `taken` alone."""
+        config, weights, momentum = self.sessions[0].config, self.weights[members], self.momentum[members]
+        if config.weight_decay:
+            slopes.add_(weights, alpha=config.weight_decay)
+        if taken is None:
+            weights.sub_(momentum.mul_(config.momentum).add_(slopes), alpha=lr)
+        else:
+            momentum.mul_(torch.where(taken, config.momentum, 1.0)).add_(slopes.where(taken, 0))
+            weights.addcmul_(momentum, taken.to(weights.dtype), value=-lr)
+
+    @torch.no_grad()
     def _write_back(self) -> None:
         """Give every member its weights and momentum."""
-        with torch.no_grad():
-            for m, session in enumerate(self.sessions):
-                for i, p in enumerate(session.model.parameters()):
-                    p.copy_(self.weights[i][m])
-                    kept = self.momentum[i]
-                    if kept is not None:
-                        session.optimizer.state[p]["momentum_buffer"] = kept[m].clone()
+        for session, weights, momentum in zip(self.sessions, self.weights, self.momentum, strict=True):
+            flat = zip(
+                session.model.parameters(),
+                weights.split_with_sizes(self.sizes),
+                momentum.split_with_sizes(self.sizes),
+                strict=True,
+            )
+            for p, weight, kept in flat:
+                p.copy_(weight.view_as(p))
+                if session.config.momentum:
+                    session.optimizer.state[p]["momentum_buffer"] = kept.view_as(p).clone()
 
     def _records(self, epoch: int, losses: Tensor) -> list[EpochRecord | str]:
-        every = list(range(len(self.sessions)))
-        train, validation = (self._scores(name, every) for name in ("train", "validation"))
+        train, validation = self._scores("train"), self._scores("validation")
         results: list[EpochRecord | str] = []
         for m, session in enumerate(self.sessions):
             try:
                 results.append(session.evaluate(epoch, list(losses[m]), (train[m], validation[m])))
             except TrainingError as error:
                 results.append(str(error))
-        best = [
-            m for m, record in enumerate(results) if not isinstance(record, str) and self.sessions[m].best_yet(record)
-        ]
-        test = dict(zip(best, self._scores("test", best), strict=True))
-        for m, (session, record) in enumerate(zip(self.sessions, results, strict=True)):
+        for session, record in zip(self.sessions, results, strict=True):
             if not isinstance(record, str):
-                session.keep(record, test.get(m))
+                session.keep(record)
         return results
 
     @torch.no_grad()
-    def _scores(self, name: str, members: Sequence[int]) -> list[Scores]:
-        """The scores of some members, each on its own part of the data, as `Task.evaluate` gives them."""
-        if not members:
-            return []
-        parts = [getattr(self.sessions[m].data, name) for m in members]
-        weights = tuple(w[list(members)] for w in self.weights)
+    def _scores(self, name: str) -> list[Scores]:
+        """The scores of every member on its own part of the data, as `Task.evaluate` gives them."""
+        parts = [getattr(session.data, name) for session in self.sessions]
         shared = all(part.inputs is parts[0].inputs for part in parts)
-        self.model.eval()
-        outputs = []
+        weights, outputs = self._parts(self.weights), []
         for start in range(0, len(parts[0]), CHUNK):
             rows = slice(start, start + CHUNK)
-            inputs = parts[0].inputs[rows] if shared else torch.stack([part.inputs[rows] for part in parts])
-            outputs.append(self.forward[shared](weights, inputs))
+            first = parts[0].inputs[rows]
+            inputs = first.expand(len(parts), *first.shape) if shared else torch.stack([p.inputs[rows] for p in parts])
+            outputs.append(self._outputs(weights, inputs))
         together = torch.cat(outputs, dim=1)
         return [self.task.evaluate(_Replay(together[i]), part) for i, part in enumerate(parts)]
 
@@ -268,21 +301,21 @@ class _Replay(nn.Module):
         return self._outputs[self._at - len(inputs) : self._at]
 
 
-def _check(model: nn.Module, config: Config) -> None:
-    """Raise UsageError for a network whose members would share more than its form."""
-    if any(True for _ in model.buffers()):
-        raise UsageError(f"task {config.task} cannot be trained in a batch: its network has buffers, as of batch norm")
-    for module in model.modules():
-        if getattr(module, "p", 0) and "Dropout" in type(module).__name__:
-            raise UsageError(f"task {config.task} cannot be trained in a batch: its network has dropout")
+def _obstacle(model: nn.Module) -> str:
+    """Why a network cannot be batched; empty where it can, as its layers are linear or act on each number alone."""
+    if not isinstance(model, nn.Sequential):
+        return f"its network must be an nn.Sequential, got {type(model).__name__}"
+    for layer in model:
+        if not isinstance(layer, _ACTIVATIONS) and not (type(layer) is nn.Linear and layer.bias is not None):
+            return f"its layers must be linear with a bias, or activations, got {type(layer).__name__}"
+    return ""
 
 
-def _norms(parts: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm over all parameters of each member: (members,)."""
-    norms: Tensor = torch.stack([part.flatten(1).norm(dim=1) for part in parts]).norm(dim=0)
-    return norms
+def _flat(parts: Iterable[Tensor]) -> Tensor:
+    return torch.cat([part.detach().flatten() for part in parts])
 
 
-def _each(column: Tensor, like: Tensor) -> Tensor:
-    """(members,) so that it broadcasts against (members, ...)."""
-    return column.view(-1, *[1] * (like.dim() - 1))
+def _momentum(session: Session) -> Tensor:
+    """The momentum of a run: (parameters,); 0 before the first step."""
+    states = ((p, session.optimizer.state.get(p, {})) for p in session.model.parameters())
+    return _flat(state.get("momentum_buffer", torch.zeros_like(p)) for p, state in states)

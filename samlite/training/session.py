@@ -201,22 +201,13 @@ class Session:
         ranks = [rank(each.validation_metric, each.validation_loss) for each in self.records]
         return not ranks or rank(record.validation_metric, record.validation_loss) > max(ranks)
 
-    def keep(self, record: EpochRecord, test: Scores | None = None) -> None:
-        """Take in the record of an epoch; write a checkpoint where the last one is old, and at the end.
-
-        `test` are the scores on test data, where they are known.
-        """
+    def keep(self, record: EpochRecord) -> None:
+        """Take in the record of an epoch; write a checkpoint where the last one is old, and at the end."""
         best = self.best_yet(record)
         self.records.append(record)
         if best:
-            test = test or self._scores(self.data.test)
-            self.best = {
-                "epoch": record.epoch,
-                "validation_metric": record.validation_metric,
-                "test_metric": test.metric,
-            }
-            if self.config.patience:
-                self.best["model"] = deepcopy(self.model.state_dict())  # to return to
+            weights = deepcopy(self.model.state_dict())  # the test data are seen at the end of training
+            self.best = {"epoch": record.epoch, "validation_metric": record.validation_metric, "model": weights}
         ends = record.epoch == self.config.epochs or self._stalled(record.epoch + 1)
         if self.first and (ends or time.perf_counter() - self._saved > SAVE_EVERY):
             save_checkpoint(self.out / CHECKPOINT, self.state_dict())
@@ -253,9 +244,8 @@ class Session:
             if self.tracker:
                 self.tracker.load_state_dict(state["tracker"])
             best = dict(state["best"])
-            if "model" in best:
-                check_types(self.model, best["model"], path)
-                deepcopy(self.model).load_state_dict(best["model"])
+            check_types(self.model, best["model"], path)
+            deepcopy(self.model).load_state_dict(best["model"])
             self.records, self.best = [kind(**record) for record in state["records"]], best
         except Exception as error:  # damage shows as many kinds of error
             raise UsageError(f"{path} is not a checkpoint of this run; delete it to start afresh") from error
@@ -264,21 +254,24 @@ class Session:
         """Write the weights that the run ends with, and its result."""
         if not self.first:
             return
-        end = self.records[-1]
+        best = deepcopy(self.model)
+        best.load_state_dict(self.best.pop("model"))
+        best_test = self.task.evaluate(best, self.data.test)
+        self.best["test_metric"] = best_test.metric
         if self.config.patience:
-            self.model.load_state_dict(self.best.pop("model"))
-            end = self.records[self.best["epoch"] - 1]
+            self.model, end, test = best, self.records[self.best["epoch"] - 1], best_test
+        else:
+            end, test = self.records[-1], self.task.evaluate(self.model, self.data.test)
         save_model_weights(self.out / WEIGHTS, self.model)
-        write_json(self.out / RESULT, self._result(end))
+        write_json(self.out / RESULT, self._result(end, test))
 
     def _interpolates(self, end: EpochRecord) -> bool:
         """Whether the training samples are fitted: every label right, and hardly a loss."""
         fitted = not self.task.classes or end.train_metric == 1
         return self.task.fixed_samples and end.train_loss < 1e-3 and fitted
 
-    def _result(self, end: EpochRecord) -> dict[str, Any]:
+    def _result(self, end: EpochRecord, test: Scores) -> dict[str, Any]:
         """The result of a run whose weights are those of this record: the last one, or the best one with patience."""
-        test = self.task.evaluate(self.model, self.data.test)
         return {
             "metric": self.task.metric,
             "final": {
@@ -313,8 +306,7 @@ def _stopped(path: Path) -> dict[str, Any]:
         if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
             raise UsageError("it holds no weights by name")
         check_records(state.get("records"), *(field.name for field in fields(EpochRecord)))
-        needed = ("epoch", "validation_metric", "test_metric")
-        check(numbers, {"epoch": COUNT, "validation_metric": NUMBER, "test_metric": NUMBER}, needed)
+        check(numbers, {"epoch": COUNT, "validation_metric": NUMBER}, ("epoch", "validation_metric", "model"))
     except UsageError as error:
         raise UsageError(f"{path} is not a checkpoint of a run ({error}); delete it to start afresh") from None
     return state

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from samlite import sweep
 from samlite.errors import UsageError
+from samlite.training.batched import train_batched
 from samlite.training.config import Config
 from samlite.training.loop import train
 from samlite.training.runs import load_run
@@ -26,7 +27,7 @@ def weights(folder: Path) -> torch.Tensor:
 
 
 def trained(folder: Path, members: list[Config]) -> list[tuple[Config, Any]]:
-    return list(sweep.train_batched(folder, members))
+    return list(train_batched(members, folder))
 
 
 @pytest.mark.parametrize("task", ["digits", "synthetic"])
@@ -87,7 +88,7 @@ def test_what_was_stopped_goes_on_to_the_same_files(tmp_path: Path, monkeypatch:
     members = cells(epochs=5)
     trained(tmp_path / "whole", members)
     for stop in (3, 8, 2):  # in the midst of an epoch's records, too
-        stopped = sweep.train_batched(tmp_path / "parts", members)
+        stopped = train_batched(members, tmp_path / "parts")
         for _ in range(stop):
             next(stopped)
         stopped.close()

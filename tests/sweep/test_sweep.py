@@ -198,11 +198,11 @@ def test_cells_on_gpus_are_spread_over_them(tmp_path: Path) -> None:
     cells = grid("digits", [8], ["sgd"], seeds=3, **{**QUICK, "device": "cuda"})
 
     def started(cell: Config) -> Any:
-        return engine.start(tmp_path, cell, ())
+        return engine.start(tmp_path, [cell], ())
 
     def ended(process: Any) -> None:
         process.stop()
-        process.failure()
+        process.failures()
 
     running = [started(cell) for cell in cells]
     assert [process.worker.gpu for process in running] == ["3", "5", "3"]
@@ -339,11 +339,11 @@ def test_a_cell_that_does_not_end_when_asked_is_killed(tmp_path: Path, monkeypat
     monkeypatch.setattr(engines, "PATIENCE", 0.1)
     monkeypatch.setattr(engines, "COMMAND", [sys.executable, "-c", stubborn])
     (cell,) = grid("digits", [8], ["sgd"], seeds=1, **QUICK)
-    process = engines.Local().start(tmp_path, cell, ())
+    process = engines.Local().start(tmp_path, [cell], ())
     while not (tmp_path / "deaf").exists():
         time.sleep(0.01)
     process.stop()
-    assert process.failure() == "ended by SIGKILL; repeat the command to continue"
+    assert process.failures() == {cell.name: "ended by SIGKILL; repeat the command to continue"}
 
 
 def test_a_process_runs_one_cell_after_the_other_and_a_crash_takes_one_of_them(tmp_path: Path) -> None:
