@@ -2,8 +2,10 @@
 
     python tools/results.py DATA [NAME ...]
 
-DATA is a folder with mnist, cifar10, sst2, pos and molecules/tox21.csv.gz inside; NAMEs choose some of the sweeps, and
-the page is made of all those that are finished. Runs are kept in runs/results; delete a folder there to repeat a sweep.
+DATA is a folder with mnist, sst2, pos and molecules/tox21.csv.gz inside; FASHION in a sweep's options is where Debian's
+package dataset-fashion-mnist puts its files. NAMEs choose some of the experiments; with `none` no sweep is run. What is
+found of a finished one is kept in docs/results/NAME.json, so that the page can be made in several sittings, and made
+again without the runs. Those are in runs/results; delete a folder there to repeat a sweep.
 """
 
 import json
@@ -12,18 +14,24 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tomllib
 import torch
 
-from samlite.report import verdicts
+from samlite.report import findings, verdicts
+from samlite.report.canvas import REFERENCE, draw_curve, label_parameters, new_figure
 from samlite.report.claims import CLAIMS
+from samlite.report.outcomes import Report
+from samlite.report.table import Table, interval
 from samlite.sweep.grid import read_cells
+from samlite.training.runs import read_result
 
 TOOLS = Path(__file__).resolve().parent
 DOCS, RUNS = TOOLS.parent / "docs", TOOLS.parent / "runs" / "results"
+FASHION = "/usr/share/datasets/fashion-mnist"
 
 
 @dataclass(frozen=True)
@@ -32,16 +40,23 @@ class Experiment:
 
     name: str
     title: str
-    sweeps: list[str]  # options of `samlite sweep`; DATA is the folder of data
+    sweeps: list[str]  # options of `samlite sweep`
     says: str  # what the paper says of it
     verdict: str  # the function that judges it
+    findings: dict[str, str]  # the functions of `samlite.report.findings` that judge claims, by the claims
     claims: tuple[str, ...] = ("params",)  # whose tables are shown
     figure: str = "params"  # the claim whose figure is shown
     note: str = ""  # where this differs from the paper's setting
+    paper: dict[str, list[float]] = field(default_factory=dict)  # its points: parameters and improvements
 
     @property
     def folder(self) -> Path:
         return RUNS / self.name
+
+    @property
+    def found(self) -> Path:
+        """What is kept of it."""
+        return DOCS / "results" / f"{self.name}.json"
 
     @property
     def wall(self) -> Path:
@@ -50,41 +65,67 @@ class Experiment:
     def seconds(self) -> float:
         return float(json.loads(self.wall.read_text())["seconds"]) if self.wall.exists() else 0.0
 
+    def commands(self) -> list[str]:
+        """What a user types."""
+        several = f" --out runs/{self.name}" if len(self.sweeps) > 1 else ""
+        return [f"samlite sweep {options}{several}" for options in self.sweeps]
+
 
 def main() -> None:
     data, *names = sys.argv[1:]
     listed = tomllib.loads((TOOLS / "experiments.toml").read_text(encoding="utf-8"))["experiment"]
     experiments = [Experiment(**each) for each in listed]
+    (DOCS / "results").mkdir(exist_ok=True)
     for experiment in experiments:
         if not names or experiment.name in names:
             _run(experiment, Path(data).resolve())
-    finished = [each for each in experiments if each.wall.exists()]
-    sections = [_section(experiment) for experiment in finished]
-    (DOCS / "results.md").write_text("\n\n".join([_head(finished), *sections]) + "\n", encoding="utf-8")
+        if experiment.wall.exists():
+            experiment.found.write_text(json.dumps(_found(experiment), indent=1) + "\n", encoding="utf-8")
+    kept = [(each, json.loads(each.found.read_text(encoding="utf-8"))) for each in experiments if each.found.exists()]
+    sections = [_section(experiment, found) for experiment, found in kept]
+    page = [_head([found for _, found in kept]), _claims(kept), *sections]
+    (DOCS / "results.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
 
 
 def _run(experiment: Experiment, data: Path) -> None:
     began = time.monotonic()
     for options in experiment.sweeps:
-        arguments = options.replace("DATA", str(data)).split()
+        arguments = options.replace("DATA", str(data)).replace("FASHION", FASHION).split()
         command = [sys.executable, "-m", "samlite.cli", "sweep", *arguments, "--out", str(experiment.folder)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, stdout=subprocess.DEVNULL)  # the report tells what failed
     experiment.wall.write_text(json.dumps({"seconds": experiment.seconds() + time.monotonic() - began}))
     print(f"{experiment.name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
 
 
-def _head(finished: list[Experiment]) -> str:
-    minutes = sum(each.seconds() for each in finished) / 60
-    return f"""# Results
-
-What `samlite sweep` finds of the claims of *Critical Influence of Overparameterization on Sharpness-aware Minimization*
-(arXiv 2311.17539), small enough for a laptop: short schedules, small subsets and few seeds, so a claim that does not
-show here is not refuted. `python tools/results.py DATA` makes this page, tables and sentences included; nothing in it
-is written by hand after a run. Every ± and every band is a 95 % Student-t interval over seeds, every comparison is
-paired by seed, and nothing corrects for their number.
-
-Made on {os.cpu_count()} cores of {_processor()}, torch {torch.__version__}, Python {platform.python_version()},
-in {minutes:.0f} minutes; the longest run trained for {_longest(finished):.0f} s."""
+def _found(experiment: Experiment) -> dict[str, Any]:
+    """What the runs of an experiment say; its figures are drawn."""
+    judged = experiment.verdict if experiment.verdict in CLAIMS else "params"
+    views = {
+        *experiment.claims,
+        experiment.figure,
+        judged,
+        *("convergence",) * ("linear" in experiment.findings.values()),
+    }
+    numbers = {view: CLAIMS[view].measure(experiment.folder) for view in views}
+    tables = [table for view in experiment.claims for table in CLAIMS[view].tables(numbers[view])]
+    CLAIMS[experiment.figure].draw(numbers[experiment.figure], experiment.found.with_suffix(".png"))
+    if experiment.paper:
+        tables.append(_beside(numbers["params"], experiment))
+    judge = CLAIMS[judged].verdict if judged == experiment.verdict else getattr(verdicts, experiment.verdict)
+    cells = read_cells(experiment.folder)
+    return {
+        "commands": experiment.commands(),
+        "verdict": judge(numbers[judged]),
+        "findings": {
+            claim: asdict(getattr(findings, name)(numbers["convergence" if name == "linear" else "params"]))
+            for claim, name in experiment.findings.items()
+        },
+        "tables": [table.markdown() for table in tables],
+        "runs": len(cells),
+        "minutes": round(experiment.seconds() / 60, 1),
+        "longest": round(max(read_result(experiment.folder / cell.name, "seconds")["seconds"] for cell in cells)),
+        "made": f"{os.cpu_count()} cores of {_processor()} with torch {torch.__version__}",
+    }
 
 
 def _processor() -> str:
@@ -95,32 +136,81 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _longest(finished: list[Experiment]) -> float:
-    folders = [each.folder / cell.name for each in finished for cell in read_cells(each.folder)]
-    return max(json.loads((folder / "result.json").read_text())["seconds"] for folder in folders)
+def _beside(report: Report, experiment: Experiment) -> Table:
+    """The improvement by width beside the paper's points, also as a figure."""
+    ours = [(row.parameters, row.optimizers["sam"].improvement) for row in report.rows]
+    known = [(count, gain) for count, gain in ours if gain]
+    theirs = list(zip(experiment.paper["parameters"], experiment.paper["improvement"], strict=True))
+    with new_figure(experiment.found.with_name(f"{experiment.name}-paper.png"), (5.2, 3.6)) as figure:
+        panel = figure.subplots()
+        panel.axhline(0, **REFERENCE)
+        band = [
+            (count, gain.mean - gain.half_width, gain.mean + gain.half_width)
+            for count, gain in known
+            if gain.half_width
+        ]
+        draw_curve(panel, "here", "C0", [(count, gain.mean) for count, gain in known], band)
+        draw_curve(panel, "the paper's figure, read by eye", "C1", [(int(count), gain) for count, gain in theirs], [])
+        panel.legend()
+        panel.set_title(f"improvement of the test {report.metric} by SAM")
+        label_parameters(panel, [count for count, _ in known])
+    by_count = {round(count, -4): gain for count, gain in theirs}
+    rows = [[f"{count:,}", interval(gain, sign="+"), f"{by_count[round(count, -4)]:+g}"] for count, gain in known]
+    return Table("improvement by SAM beside the paper's", [">parameters", ">here", ">paper"], rows)
 
 
-def _section(experiment: Experiment) -> str:
-    several = f" --out runs/{experiment.name}" if len(experiment.sweeps) > 1 else ""
-    commands = [f"samlite sweep {options}{several}" for options in experiment.sweeps]
-    judged = experiment.verdict if experiment.verdict in CLAIMS else "params"
-    numbers = {
-        claim: CLAIMS[claim].measure(experiment.folder) for claim in {*experiment.claims, experiment.figure, judged}
-    }
-    tables = [table.markdown() for claim in experiment.claims for table in CLAIMS[claim].tables(numbers[claim])]
-    picture = DOCS / "results" / f"{experiment.name}.png"
-    picture.parent.mkdir(exist_ok=True)
-    CLAIMS[experiment.figure].draw(numbers[experiment.figure], picture)
-    judge = CLAIMS[judged].verdict if judged == experiment.verdict else getattr(verdicts, experiment.verdict)
-    verdict = judge(numbers[judged])
+def _head(kept: list[dict[str, Any]]) -> str:
+    minutes, runs = (sum(each[name] for each in kept) for name in ("minutes", "runs"))
+    made = "; ".join(dict.fromkeys(each["made"] for each in kept))
+    return f"""# Results
+
+What `samlite sweep` finds of the claims of *Critical Influence of Overparameterization on Sharpness-aware Minimization*
+(arXiv 2311.17539) on a laptop. `python tools/results.py DATA` makes this page, tables and sentences included; nothing
+in it is written by hand after a run. Every ± and every band is a 95 % Student-t interval over seeds, every comparison
+is paired by seed, and nothing corrects for their number. SAM's radius is chosen on validation at each width and
+condition where several were tried; test data choose nothing.
+
+{runs:,} runs in {minutes:.0f} minutes, of which the longest trained for {max(each["longest"] for each in kept)} s, on
+{made}."""
+
+
+def _claims(kept: list[tuple[Experiment, dict[str, Any]]]) -> str:
+    """The table of claims, a row a claim and experiment."""
+    rows = []
+    for claim in dict.fromkeys(claim for each, _ in kept for claim in each.findings):
+        for experiment, found in kept:
+            if finding := found["findings"].get(claim):
+                where = f"[{experiment.title}](#{_anchor(experiment.title)})"
+                figure = f"[figure](results/{experiment.name}.png)"
+                rows.append([claim, where, finding["status"], finding["numbers"], figure])
+    for i in reversed(range(1, len(rows))):
+        if rows[i][0] == rows[i - 1][0]:
+            rows[i][0] = ""
+    note = (
+        "Supported: every interval that the claim rests on is above zero. In trend: some are, none is below. Not seen: "
+        "none is either way, and ± says what could have been seen. Refuted: some are below, none is above."
+    )
+    table = Table("", ["claim", "where", "", "change per tenfold parameters, or at a width", ""], rows, notes=[note])
+    return f"## The claims\n\n{table.markdown()}"
+
+
+def _anchor(title: str) -> str:
+    """As GitHub and mkdocs link to a heading."""
+    return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c == "-")
+
+
+def _section(experiment: Experiment, found: dict[str, Any]) -> str:
     note = f" Setting: {experiment.note}." if experiment.note else ""
+    pictures = [f"![{experiment.title}](results/{experiment.name}.png)"]
+    if experiment.paper:
+        pictures.append(f"![{experiment.title}, beside the paper](results/{experiment.name}-paper.png)")
     return "\n\n".join(
         [
             f"## {experiment.title}",
-            "\n".join(["```bash", *commands, "```"]),
-            f"**{experiment.says}.** Here: {verdict}.{note}",
-            f"![{experiment.title}](results/{experiment.name}.png)",
-            *tables,
+            "\n".join(["```bash", *found["commands"], "```"]),
+            f"**{experiment.says}.** Here: {found['verdict']}.{note}",
+            *pictures,
+            *found["tables"],
         ]
     )
 

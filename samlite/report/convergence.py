@@ -1,16 +1,17 @@
 """Linear convergence: a straight line through the logarithm of the training loss against the step.
 
 A loss that falls as exp(-rate step) converges linearly (in the sense of optimization); the paper shows that SAM does,
-with overparameterisation. Every run is fitted by least squares over all its epochs, so a learning rate that falls
-along the way bends the line: sweep with ``--schedule constant`` for the claim. R² says how straight it is; the interval
-of the rate is Student's t at 95 % over seeds.
+with overparameterisation. Every run is fitted by least squares over its epochs, up to the first one whose loss has come
+down to three times its floor: the median loss of the last tenth of the epochs, which steps of that size and batches do
+not leave. A learning rate that falls along the way bends the line: sweep with ``--schedule constant`` for the claim. R²
+says how straight it is; the interval of the rate is Student's t at 95 % over seeds.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import correlation, linear_regression, mean
+from statistics import correlation, linear_regression, mean, median
 from typing import TYPE_CHECKING
 
 from samlite.intervals import Interval
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FLOOR = 1e-6  # losses below are rounding of float32
+ABOVE = 3  # times the floor of a run, where the fit ends
 STRAIGHT = 0.95  # an R² that counts as a straight line
 
 
@@ -72,10 +74,18 @@ def fit(steps: Sequence[float], losses: Sequence[float]) -> tuple[float, float] 
     return -linear_regression(x, y).slope, correlation(x, y) ** 2
 
 
+def before_the_floor(losses: Sequence[float]) -> int:
+    """How many epochs pass before the loss is down at its floor; all of them where those are fewer than three."""
+    floor = median(losses[-max(1, len(losses) // 10) :])
+    down = next((epoch for epoch, loss in enumerate(losses) if loss <= ABOVE * floor), len(losses))
+    return down if down >= 3 else len(losses)
+
+
 def _curve(folder: Path, seed: int) -> Curve:
     records = read_records(folder, "steps", "train_loss")
     steps, losses = [record["steps"] for record in records], [record["train_loss"] for record in records]
-    line = fit(steps, losses)
+    fitted = before_the_floor(losses)
+    line = fit(steps[:fitted], losses[:fitted])
     return Curve(seed, steps, losses, *(line or (None, None)))
 
 
@@ -87,7 +97,8 @@ def tables(results: Sequence[Convergence]) -> list[Table]:
             results,
             (">n", ">rate (1e-3 a step)", ">R²"),
             lambda each: [str(len(each.curves)), interval(each.rate, 1e3), interval(each.r2)],
-            "Rate: fall of ln(loss) a step, by least squares over all epochs; ±: 95 % Student-t over seeds.",
+            "Rate: fall of ln(loss) a step, by least squares over the epochs before the loss is at its floor; ±: 95 % "
+            "Student-t over seeds.",
         )
     ]
 

@@ -181,9 +181,8 @@ class _Batch:
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
         """(members, parameters) as (members, ...) for each parameter: views."""
-        return [
-            part.view(-1, *shape) for part, shape in zip(flat.split_with_sizes(self.sizes, 1), self.shapes, strict=True)
-        ]
+        parts = flat.split_with_sizes(self.sizes, 1)
+        return [part.view(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def _outputs(self, weights: Sequence[Tensor], inputs: Tensor) -> Tensor:
         """Each member's outputs for its inputs: (members, samples, features) in and out."""
@@ -249,17 +248,12 @@ class _Batch:
     @torch.no_grad()
     def _write_back(self) -> None:
         """Give every member its weights and momentum."""
-        for session, weights, momentum in zip(self.sessions, self.weights, self.momentum, strict=True):
-            flat = zip(
-                session.model.parameters(),
-                weights.split_with_sizes(self.sizes),
-                momentum.split_with_sizes(self.sizes),
-                strict=True,
-            )
-            for p, weight, kept in flat:
-                p.copy_(weight.view_as(p))
+        parts = list(zip(self._parts(self.weights), self._parts(self.momentum), strict=True))
+        for m, session in enumerate(self.sessions):
+            for p, (weights, momentum) in zip(session.model.parameters(), parts, strict=True):
+                p.copy_(weights[m])
                 if session.config.momentum:
-                    session.optimizer.state[p]["momentum_buffer"] = kept.view_as(p).clone()
+                    session.optimizer.state[p]["momentum_buffer"] = momentum[m].clone()
 
     def _records(self, epoch: int, losses: Tensor) -> list[EpochRecord | str]:
         train, validation = self._scores("train"), self._scores("validation")

@@ -1,6 +1,11 @@
 """Runs trained as one batched network, against the same runs trained alone."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from samlite import sweep
 from samlite.errors import UsageError
-from samlite.training.batched import train_batched
+from samlite.sweep.batched import together
+from samlite.training.batched import _obstacle, pays, train_batched
 from samlite.training.config import Config
 from samlite.training.loop import train
 from samlite.training.runs import load_run
@@ -147,3 +154,49 @@ def test_a_sweep_in_batches_is_measured_and_reported_as_any(
     report = json.loads(ended.out)
     assert len(report["rows"]) == 2 and not report["unfinished"] and not report["unmeasured"]
     assert json.loads(cli("sweep", "digits", *options, "--batched").out) == report
+
+
+def test_cells_that_differ_by_more_are_not_put_together() -> None:
+    members = cells(widths=(8, 16)) + cells(lr=0.01)
+    groups = together(members, 2, True)
+    assert sorted(cell.name for group in groups for cell in group) == sorted(cell.name for cell in members)
+    assert all(len({(cell.width, cell.lr) for cell in group}) == 1 for group in groups)
+    assert [len(group) for group in groups] == [3] * 6  # evened out over two jobs
+    assert [len(group) for group in together(members, 1, True)] == [6] * 3
+
+
+def test_only_small_networks_of_layers_that_can_are_put_together_by_themselves() -> None:
+    assert pays(cells()[0]) and pays(cells("synthetic", (192,))[0])
+    assert not pays(cells("synthetic", (1920,))[0])  # 100,000 parameters each
+    assert not pays(cells(patience=1)[0])
+    assert not pays(Config.of("cifar10", width=2))
+    assert {len(group) for group in together(cells("synthetic", (1920,)), 1, None)} == {1}
+    assert {len(group) for group in together(cells(), 1, None)} == {6}
+
+
+def test_what_a_batch_needs_of_a_network_is_said() -> None:
+    with pytest.raises(UsageError, match="augment must be False, got True; leave --batched out"):
+        together([Config.of("cifar10", width=2)], 1, True)
+    assert "Conv2d" in _obstacle(nn.Sequential(nn.Conv2d(1, 1, 1)))
+    assert "Dropout" in _obstacle(nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.1)))
+    assert "Sequential" in _obstacle(nn.Linear(1, 1))
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+def test_a_batched_sweep_that_is_killed_and_repeated_ends_with_the_same_files(tmp_path: Path) -> None:
+    """Each member has the same epochs and records but for rounding, whenever the kill came."""
+    options = "--widths 64 --seeds 2 --rhos 0.05,0.2 --epochs 60 --device cpu --measure none --batched --jobs 1"
+    call = [sys.executable, "-m", "samlite.cli", "sweep", "synthetic", *options.split(), "--out"]
+    assert subprocess.run([*call, tmp_path / "whole"], capture_output=True).returncode == 0
+    with subprocess.Popen([*call, tmp_path / "parts"], stdout=-3, stderr=-3, start_new_session=True) as killed:
+        while not list(tmp_path.glob("parts/*/checkpoint.pt")) and killed.poll() is None:
+            time.sleep(0.05)
+        os.killpg(killed.pid, signal.SIGKILL)
+    assert not list(tmp_path.glob("parts/*/result.json"))
+    assert subprocess.run([*call, tmp_path / "parts"], capture_output=True).returncode == 0
+    names = {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    assert names == {path.relative_to(tmp_path / "parts") for path in (tmp_path / "parts").rglob("*") if path.is_file()}
+    for cell in sweep.read(tmp_path / "whole"):
+        one, other = weights(tmp_path / "parts" / cell.name), weights(tmp_path / "whole" / cell.name)
+        assert (one - other).norm() <= 1e-4 * other.norm(), cell.name  # rounding, which grows over 1,920 steps
+        assert len(documents(tmp_path / "parts" / cell.name)) == 61

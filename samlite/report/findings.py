@@ -1,0 +1,157 @@
+"""What a sweep says of a claim, in a word: whether its intervals show it.
+
+A claim rests on some intervals, whose positive sign is what it says. Where all are above zero it is supported, where
+only some are it shows in trend, and where none is it is not seen: then the half width of the narrowest one is what
+could have been seen. Where some are below zero and none above, it is refuted.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from samlite.intervals import Interval, paired
+from samlite.report.convergence import STRAIGHT, Convergence
+from samlite.report.groups import described
+from samlite.report.outcomes import Outcome, Report, Row
+from samlite.report.table import interval
+from samlite.report.trends import IMPROVEMENT, amount, trends
+from samlite.tasks.metrics import percent
+
+Status = Literal["supported", "in trend", "not seen", "mixed", "refuted"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether a claim shows, and by what numbers."""
+
+    status: Status
+    numbers: str
+
+
+def growth(report: Report) -> Finding:
+    """SAM's benefit grows with width: by its slope, and it is there at the largest width."""
+    rows = _rows(report)
+    slope = next((each.slope for each in trends(report) if _is_gain(report, each.condition, each.quantity)), None)
+    return _finding({**_slope(slope, report), **_gain(rows[-1:], report)})
+
+
+def stronger(report: Report) -> Finding:
+    """The benefit grows faster, and is larger at the largest width, under later conditions than under the first."""
+    first, *later = dict.fromkeys(tuple(row.condition.items()) for row in report.rows)
+    parts: dict[str, Interval | None] = {}
+    for condition in later:
+        where = described(condition)
+        for trend in trends(report):
+            if tuple(trend.condition.items()) == condition and trend.quantity == IMPROVEMENT and trend.beyond:
+                parts[f"{where}: slope {amount(trend.beyond, report.metric)}"] = trend.beyond
+        more = _paired(_rows(report, condition), _rows(report, first))
+        if more:
+            parts[f"{where}: {_amount(more, report)} at the largest width"] = more
+    return _finding(parts)
+
+
+def flatter(report: Report) -> Finding:
+    """The largest eigenvalue at SAM's minima is smaller than at its base's, at every width."""
+    return _finding(_falls(report, ["a"]))
+
+
+def more_uniform(report: Report) -> Finding:
+    """The samples' Hessians at SAM's minima are more alike than at its base's, at every width and order."""
+    return _finding(_falls(report, ["s_2", "s_3", "s_4"]))
+
+
+def flatter_with_width(report: Report) -> Finding:
+    """SAM's minima are the flatter beside its base's the wider the network is."""
+    slopes = [each.slope for each in trends(report) if each.quantity == "a"]
+    return _finding({f"ln a {amount(slope, None)}": _negative(slope) for slope in slopes})
+
+
+def no_benefit(report: Report) -> Finding:
+    """SAM has no benefit at any width: supported where none is seen, refuted where every width has one."""
+    found = _finding(_gain(_rows(report), report))
+    turned: dict[Status, Status] = {"supported": "refuted", "in trend": "mixed", "mixed": "mixed"}
+    return Finding(turned.get(found.status, "supported"), found.numbers)
+
+
+def best_radius(report: Report) -> Finding:
+    """The best radius grows with width. Without an interval this shows in trend at most."""
+    chosen = {row.parameters: outcome.rho for row in _rows(report) if (outcome := _sam(row)) and outcome.rho}
+    radii = list(chosen.values())
+    grows = radii == sorted(radii) and radii[:1] != radii[-1:]
+    return Finding("in trend" if grows else "not seen", "rho " + ", ".join(f"{rho:g}" for rho in radii) + " by width")
+
+
+def linear(results: Sequence[Convergence]) -> Finding:
+    """The logarithm of the training loss under SAM falls along a straight line."""
+    fits = {each.group.width: each.r2.mean for each in results if each.r2 and each.group.rho is not None}
+    straight = [r2 >= STRAIGHT for r2 in fits.values()]
+    status: Status = "supported" if straight and all(straight) else "in trend" if any(straight) else "not seen"
+    return Finding(status, "R² " + ", ".join(f"{r2:.3f} at width {width}" for width, r2 in fits.items()))
+
+
+def _finding(parts: Mapping[str, Interval | None]) -> Finding:
+    known = {text: part for text, part in parts.items() if part and part.half_width is not None}
+    up, down = (sum(getattr(part, sign) for part in known.values()) for sign in ("positive", "negative"))
+    if not known:
+        return Finding("not seen", "too few seeds")
+    if up == len(known):
+        status: Status = "supported"
+    elif up and down:
+        status = "mixed"
+    else:
+        status = "in trend" if up else "refuted" if down else "not seen"
+    if len(known) <= 4:
+        return Finding(status, "; ".join(known))
+    return Finding(status, f"{up} of {len(known)} intervals above zero, {down} below")
+
+
+def _is_gain(report: Report, condition: dict[str, float], quantity: str) -> bool:
+    return quantity == IMPROVEMENT and condition == report.rows[0].condition
+
+
+def _rows(report: Report, condition: Sequence[tuple[str, float]] | None = None) -> list[Row]:
+    """The rows of a condition, by default of the first, by growing width."""
+    wanted = dict(condition) if condition is not None else report.rows[0].condition
+    return [row for row in report.rows if row.condition == wanted]
+
+
+def _sam(row: Row) -> Outcome | None:
+    return next((each for name, each in row.optimizers.items() if name.split("-")[0] == "sam"), None)
+
+
+def _slope(slope: Interval | None, report: Report) -> dict[str, Interval | None]:
+    return {amount(slope, report.metric): slope} if slope else {}
+
+
+def _gain(rows: Sequence[Row], report: Report) -> dict[str, Interval | None]:
+    """The improvement at each width."""
+    gains = {row.width: outcome.improvement for row in rows if (outcome := _sam(row))}
+    return {f"{_amount(gain, report)} at width {width}": gain for width, gain in gains.items() if gain}
+
+
+def _amount(value: Interval, report: Report) -> str:
+    scale = percent(report.metric)
+    return f"{interval(value, scale, '+')}{' points' if scale == 100 else ''}"
+
+
+def _paired(one: Sequence[Row], other: Sequence[Row]) -> Interval | None:
+    """By how much the improvement at the largest width of some rows is larger than that of others."""
+    ends = [outcome for rows in (one, other) if rows and (outcome := _sam(rows[-1]))]
+    return paired(ends[0].gains, ends[1].gains) if len(ends) == 2 else None
+
+
+def _falls(report: Report, names: Sequence[str]) -> dict[str, Interval | None]:
+    """How far the logarithm of quantities is below that of the base, at each width."""
+    parts: dict[str, Interval | None] = {}
+    for row in _rows(report):
+        outcome = _sam(row)
+        for name in names:
+            ratios = Interval.of(outcome.ratios.get(name, {}).values()) if outcome else None
+            if ratios:
+                parts[f"{name} × {math.exp(ratios.mean):.2g} at width {row.width}"] = _negative(ratios)
+    return parts
+
+
+def _negative(value: Interval) -> Interval:
+    return Interval(-value.mean, value.half_width, value.n)

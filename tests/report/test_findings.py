@@ -1,0 +1,91 @@
+"""Statuses of claims, from results made up."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+from sweeps import Sweep
+
+from samlite.report import findings
+from samlite.report.convergence import before_the_floor, fit
+from samlite.report.outcomes import Report, summarize
+
+
+def made(sweep: Sweep, gains: dict[int, Sequence[float]], ratios: dict[int, float] | None = None) -> Report:
+    """A sweep of digits with these gains of SAM by width, and these ratios of a."""
+    for width, values in gains.items():
+        for seed, gain in enumerate(values):
+            a = (ratios or {}).get(width, 1.0) * (1 + 0.01 * seed)
+            sweep.add(0.5, optimizer="sgd", width=width, seed=seed, sharpness=1.0)
+            sweep.add(0.5 + gain, optimizer="sam", width=width, seed=seed, sharpness=a)
+    return summarize(sweep.folder)
+
+
+ABOVE, ZERO, BELOW = (0.03, 0.031, 0.032), (-0.001, 0.0, 0.001), (-0.032, -0.031, -0.03)
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "growth", "absence"),
+    [
+        (ZERO, ABOVE, "supported", "mixed"),
+        (ABOVE, ABOVE, "in trend", "refuted"),  # there is a benefit, which does not grow
+        (ZERO, ZERO, "not seen", "supported"),
+        (BELOW, ZERO, "in trend", "supported"),
+        (ABOVE, BELOW, "refuted", "mixed"),
+        ((*ABOVE[:2], 0.09), (0.02, 0.021, 0.025), "in trend", "mixed"),
+        ((0.01,), (0.05,), "not seen", "supported"),  # one seed shows nothing
+    ],
+)
+def test_growth_and_absence(
+    sweep: Sweep, small: Sequence[float], large: Sequence[float], growth: str, absence: str
+) -> None:
+    report = made(sweep, {8: small, 64: large})
+    assert findings.growth(report).status == growth
+    assert findings.no_benefit(report).status == absence
+
+
+def test_the_numbers_of_a_finding_say_what_could_have_been_seen(sweep: Sweep) -> None:
+    report = made(sweep, {8: ZERO, 64: ZERO})
+    assert findings.growth(report).numbers.endswith("points per tenfold parameters; +0.00 ± 0.25 points at width 64")
+    one = Report(**{**vars(report), "rows": report.rows[:1]})
+    assert findings.growth(one).numbers == "+0.00 ± 0.25 points at width 8"
+
+
+@pytest.mark.parametrize(
+    ("ratios", "flatter", "with_width"),
+    [
+        ({8: 0.9, 64: 0.3}, "supported", "supported"),
+        ({8: 1.0, 64: 0.3}, "in trend", "supported"),
+        ({8: 0.3, 64: 0.9}, "supported", "refuted"),
+        ({8: 2.0, 64: 2.0}, "refuted", "not seen"),
+        ({8: 2.0, 64: 0.5}, "mixed", "supported"),
+    ],
+)
+def test_flatter_minima(sweep: Sweep, ratios: dict[int, float], flatter: str, with_width: str) -> None:
+    report = made(sweep, {8: ZERO, 64: ZERO}, ratios)
+    assert findings.flatter(report).status == flatter
+    if with_width != "not seen":  # equal ratios leave a slope of rounding
+        assert findings.flatter_with_width(report).status == with_width
+    assert findings.more_uniform(report).status == "not seen"  # which was not measured
+
+
+def test_a_condition_strengthens_the_benefit_by_its_slope_and_at_the_largest_width(sweep: Sweep) -> None:
+    for noise, rise in ((0.0, 0.01), (0.5, 0.04)):
+        for width in (8, 64):
+            for seed in range(3):
+                choices = {"width": width, "seed": seed, "label_noise": noise}
+                sweep.add(0.5, optimizer="sgd", **choices)
+                sweep.add(0.5 + rise * math.log10(width) + 0.0001 * (seed * width * noise), optimizer="sam", **choices)
+    found = findings.stronger(summarize(sweep.folder))
+    assert found.status == "supported"
+    assert found.numbers.startswith("label noise 0.5: slope +3.") and "at the largest width" in found.numbers
+
+
+def test_the_fit_of_convergence_ends_at_the_floor() -> None:
+    losses = [math.exp(-0.1 * step) + 1e-4 for step in range(200)]
+    fitted = before_the_floor(losses)
+    assert losses[fitted - 1] > 3e-4 >= losses[fitted]
+    rate, r2 = fit(range(fitted), losses[:fitted]) or (0, 0)
+    whole = fit(range(200), losses) or (0, 0)
+    assert rate == pytest.approx(0.1, rel=0.03) and r2 > 0.999 > whole[1]
+    assert before_the_floor([1.0] * 50) == 50 and before_the_floor([1.0, 0.1]) == 2
