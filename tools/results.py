@@ -43,7 +43,7 @@ class Experiment:
     sweeps: list[str]  # options of `samlite sweep`
     says: str  # what the paper says of it
     verdict: str  # the function that judges it
-    findings: dict[str, str]  # the functions of `samlite.report.findings` that judge claims, by the claims
+    findings: dict[str, str] = field(default_factory=dict)  # of `samlite.report.findings`, by the claims they judge
     claims: tuple[str, ...] = ("params",)  # whose tables are shown
     figure: str = "params"  # the claim whose figure is shown
     note: str = ""  # where this differs from the paper's setting
@@ -113,11 +113,12 @@ def _found(experiment: Experiment) -> dict[str, Any]:
         tables.append(_beside(numbers["params"], experiment))
     judge = CLAIMS[judged].verdict if judged == experiment.verdict else getattr(verdicts, experiment.verdict)
     cells = read_cells(experiment.folder)
+    judged_by = {"linear": numbers.get("convergence"), "bounds": experiment.folder}
     return {
         "commands": experiment.commands(),
         "verdict": judge(numbers[judged]),
         "findings": {
-            claim: asdict(getattr(findings, name)(numbers["convergence" if name == "linear" else "params"]))
+            claim: asdict(getattr(findings, name)(judged_by.get(name, numbers["params"])))
             for claim, name in experiment.findings.items()
         },
         "tables": [table.markdown() for table in tables],

@@ -8,14 +8,17 @@ could have been seen. Where some are below zero and none above, it is refuted.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from samlite.intervals import Interval, paired
 from samlite.report.convergence import STRAIGHT, Convergence
 from samlite.report.groups import described
-from samlite.report.outcomes import Outcome, Report, Row
+from samlite.report.outcomes import Outcome, Report, Row, quantities
 from samlite.report.table import interval
 from samlite.report.trends import IMPROVEMENT, amount, trends
+from samlite.sweep.grid import read_cells
+from samlite.sweep.run import finished
 from samlite.tasks.metrics import percent
 
 Status = Literal["supported", "in trend", "not seen", "mixed", "refuted"]
@@ -88,6 +91,35 @@ def linear(results: Sequence[Convergence]) -> Finding:
     straight = [r2 >= STRAIGHT for r2 in fits.values()]
     status: Status = "supported" if straight and all(straight) else "in trend" if any(straight) else "not seen"
     return Finding(status, "R² " + ", ".join(f"{r2:.3f} at width {width}" for width, r2 in fits.items()))
+
+
+def bounds(folder: Path) -> Finding:
+    """SAM's minima are where its theory lets it stay, for the lr and radius of each run; the base's are not.
+
+    The bounds are those of the paper for single samples without normalisation: a(1 + ρa) <= 2/η is necessary, and those
+    of s_2, s_3 and s_4 are implied under further conditions.
+    """
+    within: dict[str, list[bool]] = {"SAM": [], "the base": []}
+    cells = [cell for cell in read_cells(folder) if finished(folder / cell.name, cell, ["moments"])]
+    base = {(cell.width, cell.seed): cell for cell in cells if cell.optimizer == cell.base}
+    for cell in cells:
+        other = base.get((cell.width, cell.seed))
+        if cell.optimizer == "sam" and cell.rho and other:
+            within["SAM"].append(_within(quantities(folder / cell.name), cell.lr, cell.rho))
+            within["the base"].append(_within(quantities(folder / other.name), cell.lr, cell.rho))
+    shares = [sum(values) / max(1, len(values)) for values in within.values()]
+    status: Status = "supported" if shares == [1, 0] else "in trend" if shares[0] > shares[1] else "not seen"
+    counts = (f"{sum(values)} of {len(values)} minima of {name}" for name, values in within.items())
+    return Finding(status, f"within the bounds are {' and '.join(counts)}")
+
+
+def _within(minimum: Mapping[str, float], lr: float, rho: float) -> bool:
+    """Whether a minimum satisfies every bound; that of s_2 is none where lr <= 2 rho."""
+    a = minimum["a"]
+    most = {"s_3": (2 * lr**2 * rho) ** (-1 / 3), "s_4": (lr * rho) ** -0.5}
+    if lr > 2 * rho:
+        most["s_2"] = (lr * (lr - 2 * rho)) ** -0.5
+    return a * (1 + rho * a) <= 2 / lr and all(minimum.get(name, 0.0) <= bound for name, bound in most.items())
 
 
 def _finding(parts: Mapping[str, Interval | None]) -> Finding:

@@ -94,7 +94,7 @@ def summarize(folder: Path | str) -> Report:
     if not results:
         raise UsageError(f"{folder} must hold a finished run; repeat its sweep")
     task = tasks.get(cells[0].task)
-    minima = {cell: _quantities(folder / cell.name) for cell in results}
+    minima = {cell: quantities(folder / cell.name) for cell in results}
     varied = varying(cells)
     places = {cell: (condition_of(cell, varied), cell.width) for cell in results}
     rows = [
@@ -112,7 +112,7 @@ def summarize(folder: Path | str) -> Report:
     )
 
 
-def _quantities(folder: Path) -> dict[str, float]:
+def quantities(folder: Path) -> dict[str, float]:
     """What can be trusted of the measurements of a run: a, and s_k."""
     a = sharpness(folder)
     largest = {} if a is None else {"a": a}

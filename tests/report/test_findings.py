@@ -89,3 +89,19 @@ def test_the_fit_of_convergence_ends_at_the_floor() -> None:
     whole = fit(range(200), losses) or (0, 0)
     assert rate == pytest.approx(0.1, rel=0.03) and r2 > 0.999 > whole[1]
     assert before_the_floor([1.0] * 50) == 50 and before_the_floor([1.0, 0.1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("sam", "sgd", "status"),
+    [
+        ((1.0, {"2": 1.0, "3": 9.0, "4": 9.0}), (100.0, {"2": 1.0, "3": 9.0, "4": 9.0}), "supported"),
+        ((1.0, {"2": 1.0, "3": 9.0, "4": 9.0}), (1.0, {"2": 1.0, "3": 9.0, "4": 9.0}), "not seen"),
+        ((1.0, {"2": 1.0, "3": 11.0, "4": 9.0}), (1.0, {"2": 1.0, "3": 9.0, "4": 9.0}), "not seen"),
+        ((1.0, {"2": 1.0, "3": 9.0, "4": 9.0}), (1.0, {"2": 1.0, "3": 9.0, "4": 11.0}), "supported"),
+    ],
+)
+def test_bounds_of_stability(sweep: Sweep, sam: tuple[float, object], sgd: tuple[float, object], status: str) -> None:
+    """lr 0.05 and rho 0.2: a <= 14, s_3 <= 10 and s_4 <= 10, and none for s_2."""
+    sweep.add(0.9, optimizer="sgd", lr=0.05, sharpness=sgd[0], spread=sgd[1])
+    sweep.add(0.9, optimizer="sam", lr=0.05, rho=0.2, sharpness=sam[0], spread=sam[1])
+    assert findings.bounds(sweep.folder).status == status
