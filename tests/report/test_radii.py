@@ -1,6 +1,7 @@
 """The search for the best radius, on sweeps with made-up results."""
 
 import math
+import random
 
 import pytest
 from sweeps import Sweep
@@ -43,10 +44,21 @@ def test_each_width_and_condition_is_searched_by_itself_and_the_table_says_where
     assert "at an end of those tried: 0.01 at width 32, label noise 0; 0.2 at width 8, label noise 0.5" in notes
 
 
-def test_test_metrics_choose_nothing(sweep: Sweep) -> None:
-    """Whatever the test metrics are, the same radii are chosen and tried."""
-    for rho, test in zip(START, (0.99, 0.1, 0.5, 0.2, 0.98), strict=True):
-        sweep.add(test, optimizer="sam", rho=rho, validation=validation(rho, 0.05))
+@pytest.mark.parametrize("shuffle", range(5))
+def test_test_metrics_choose_nothing(sweep: Sweep, shuffle: int) -> None:
+    """However the test metrics of a sweep are dealt out to its runs, the same radii are chosen and tried."""
+    places = [
+        (width, noise, seed, rho) for width in (8, 32) for noise in (0.0, 0.5) for seed in (0, 1) for rho in START
+    ]
+    tests = [0.01 * i for i in range(len(places))]
+    random.Random(shuffle).shuffle(tests)
+    best = {(8, 0.0): 0.05, (8, 0.5): 0.02, (32, 0.0): 0.1, (32, 0.5): 0.2}
+    for (width, noise, seed, rho), test in zip(places, tests, strict=True):
+        choices = {"width": width, "label_noise": noise, "seed": seed, "rho": rho}
+        sweep.add(test, optimizer="sam", best=test, validation=validation(rho, best[width, noise]), **choices)
     report = summarize(sweep.folder)
-    assert report.rows[0].optimizers["sam"].rho == 0.05
-    assert not beyond(report, read_cells(sweep.folder))
+    chosen = {(row.width, row.condition["label_noise"]): row.optimizers["sam"].rho for row in report.rows}
+    assert chosen == best
+    assert {(cell.width, cell.label_noise, cell.rho) for cell in beyond(report, read_cells(sweep.folder))} == {
+        (32, 0.5, 0.5)
+    }
