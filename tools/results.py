@@ -26,8 +26,8 @@ from samlite.report.canvas import REFERENCE, draw_curve, label_parameters, new_f
 from samlite.report.claims import CLAIMS
 from samlite.report.outcomes import Report
 from samlite.report.table import Table, interval
-from samlite.sweep.grid import read_cells
-from samlite.training.runs import read_result
+from samlite.sweep.grid import SWEEP, read_cells
+from samlite.training.runs import RESULT, read_result
 
 TOOLS = Path(__file__).resolve().parent
 DOCS, RUNS = TOOLS.parent / "docs", TOOLS.parent / "runs" / "results"
@@ -58,13 +58,6 @@ class Experiment:
         """What is kept of it."""
         return DOCS / "results" / f"{self.name}.json"
 
-    @property
-    def wall(self) -> Path:
-        return self.folder / "wall.json"
-
-    def seconds(self) -> float:
-        return float(json.loads(self.wall.read_text())["seconds"]) if self.wall.exists() else 0.0
-
     def commands(self) -> list[str]:
         """What a user types."""
         several = f" --out runs/{self.name}" if len(self.sweeps) > 1 else ""
@@ -79,7 +72,7 @@ def main() -> None:
     for experiment in experiments:
         if not names or experiment.name in names:
             _run(experiment, Path(data).resolve())
-        if experiment.wall.exists():
+        if (experiment.folder / SWEEP).exists():
             experiment.found.write_text(json.dumps(_found(experiment), indent=1) + "\n", encoding="utf-8")
     kept = [(each, json.loads(each.found.read_text(encoding="utf-8"))) for each in experiments if each.found.exists()]
     sections = [_section(experiment, found) for experiment, found in kept]
@@ -93,7 +86,6 @@ def _run(experiment: Experiment, data: Path) -> None:
         arguments = options.replace("DATA", str(data)).replace("FASHION", FASHION).split()
         command = [sys.executable, "-m", "samlite.cli", "sweep", *arguments, "--out", str(experiment.folder)]
         subprocess.run(command, stdout=subprocess.DEVNULL)  # the report tells what failed
-    experiment.wall.write_text(json.dumps({"seconds": experiment.seconds() + time.monotonic() - began}))
     print(f"{experiment.name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
 
 
@@ -112,7 +104,8 @@ def _found(experiment: Experiment) -> dict[str, Any]:
     if experiment.paper:
         tables.append(_beside(numbers["params"], experiment))
     judge = CLAIMS[judged].verdict if judged == experiment.verdict else getattr(verdicts, experiment.verdict)
-    cells = read_cells(experiment.folder)
+    folders = [experiment.folder / cell.name for cell in read_cells(experiment.folder)]
+    seconds = [read_result(folder, "seconds")["seconds"] for folder in folders if (folder / RESULT).exists()]
     judged_by = {"linear": numbers.get("convergence"), "bounds": experiment.folder}
     return {
         "commands": experiment.commands(),
@@ -122,9 +115,9 @@ def _found(experiment: Experiment) -> dict[str, Any]:
             for claim, name in experiment.findings.items()
         },
         "tables": [table.markdown() for table in tables],
-        "runs": len(cells),
-        "minutes": round(experiment.seconds() / 60, 1),
-        "longest": round(max(read_result(experiment.folder / cell.name, "seconds")["seconds"] for cell in cells)),
+        "runs": len(seconds),
+        "minutes": round(sum(seconds) / 60, 1),
+        "longest": round(max(seconds)),
         "made": f"{os.cpu_count()} cores of {_processor()} with torch {torch.__version__}",
     }
 
@@ -169,9 +162,10 @@ What `samlite sweep` finds of the claims of *Critical Influence of Overparameter
 (arXiv 2311.17539) on a laptop. `python tools/results.py DATA` makes this page, tables and sentences included; nothing
 in it is written by hand after a run. Every ± and every band is a 95 % Student-t interval over seeds, every comparison
 is paired by seed, and nothing corrects for their number. SAM's radius is chosen on validation at each width and
-condition where several were tried; test data choose nothing.
+condition where several were tried; test data choose nothing. In the commands DATA is a folder with the data sets, and
+FASHION that of Debian's package dataset-fashion-mnist.
 
-{runs:,} runs in {minutes:.0f} minutes, of which the longest trained for {max(each["longest"] for each in kept)} s, on
+{runs:,} runs trained for {minutes:.0f} minutes of a core, the longest for {max(each["longest"] for each in kept)} s, on
 {made}."""
 
 

@@ -200,3 +200,12 @@ def test_a_batched_sweep_that_is_killed_and_repeated_ends_with_the_same_files(tm
         one, other = weights(tmp_path / "parts" / cell.name), weights(tmp_path / "whole" / cell.name)
         assert (one - other).norm() <= 1e-4 * other.norm(), cell.name  # rounding, which grows over 1,920 steps
         assert len(documents(tmp_path / "parts" / cell.name)) == 61
+
+
+def test_a_batch_of_the_cluster_and_one_of_what_cannot_be_are_refused(cli: Any, tmp_path: Path) -> None:
+    for options, line in (
+        (("digits", "--engine", "slurm"), "--batched must go with --engine local; leave it out"),
+        (("digits", "--optimizers", "adam,sam"), "base must be sgd, got adam; leave --batched out"),
+    ):
+        ended = cli("sweep", *options, "--widths", "8", "--device", "cpu", "--batched", "--out", tmp_path / "x")
+        assert ended.status == 2 and line in ended.err
