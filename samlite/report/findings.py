@@ -33,10 +33,15 @@ class Finding:
 
 
 def growth(report: Report) -> Finding:
-    """SAM's benefit grows with width: by its slope, and it is there at the largest width."""
-    rows = _rows(report)
+    """SAM's benefit grows with width: its slope says so; in trend alone where it is not there at the largest width."""
     slope = next((each.slope for each in trends(report) if _is_gain(report, each.condition, each.quantity)), None)
-    return _finding({**_slope(slope, report), **_gain(rows[-1:], report)})
+    last = _gain(_rows(report)[-1:], report)
+    if slope is None:
+        return Finding("not seen", "; ".join(last) or "no baseline with the same seeds")
+    status = _finding({"": slope}).status
+    if status == "supported" and not all(gain and gain.positive for gain in last.values()):
+        status = "in trend"
+    return Finding(status, "; ".join([amount(slope, report.metric), *last]))
 
 
 def stronger(report: Report) -> Finding:
@@ -150,10 +155,6 @@ def _rows(report: Report, condition: Sequence[tuple[str, float]] | None = None) 
 
 def _sam(row: Row) -> Outcome | None:
     return next((each for name, each in row.optimizers.items() if name.split("-")[0] == "sam"), None)
-
-
-def _slope(slope: Interval | None, report: Report) -> dict[str, Interval | None]:
-    return {amount(slope, report.metric): slope} if slope else {}
 
 
 def _gain(rows: Sequence[Row], report: Report) -> dict[str, Interval | None]:

@@ -28,11 +28,11 @@ ABOVE, ZERO, BELOW = (0.03, 0.031, 0.032), (-0.001, 0.0, 0.001), (-0.032, -0.031
     ("small", "large", "growth", "absence"),
     [
         (ZERO, ABOVE, "supported", "mixed"),
-        (ABOVE, ABOVE, "in trend", "refuted"),  # there is a benefit, which does not grow
+        (ABOVE, ABOVE, "not seen", "refuted"),  # there is a benefit, which does not grow
         (ZERO, ZERO, "not seen", "supported"),
         (BELOW, ZERO, "in trend", "supported"),
         (ABOVE, BELOW, "refuted", "mixed"),
-        ((*ABOVE[:2], 0.09), (0.02, 0.021, 0.025), "in trend", "mixed"),
+        ((*ABOVE[:2], 0.09), (0.02, 0.021, 0.025), "not seen", "mixed"),
         ((0.01,), (0.05,), "not seen", "supported"),  # one seed shows nothing
     ],
 )
