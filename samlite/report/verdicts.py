@@ -20,7 +20,9 @@ def benefit(report: Report) -> str:
     conditions = dict.fromkeys(tuple(row.condition.items()) for row in report.rows)
     found = trends(report)
     sentences = [_benefit(report, dict(condition), found) for condition in conditions]
-    return ". ".join([*sentences, *_beyond(report, found), *_minima(report), *_trends_of_minima(found)])
+    first, *later = sentences
+    later = [f"{sentence[0].upper()}{sentence[1:]}" for sentence in later]
+    return ". ".join([first, *later, *_beyond(report, found), *_minima(report), *_trends_of_minima(found)])
 
 
 def _benefit(report: Report, condition: dict[str, float], found: Sequence[Trend]) -> str:
@@ -96,7 +98,7 @@ def _beyond(report: Report, found: Sequence[Trend]) -> list[str]:
         if trend.quantity != IMPROVEMENT or trend.beyond is None or trend.beyond.half_width is None:
             continue
         change = "faster" if trend.beyond.positive else "slower" if trend.beyond.negative else "no faster"
-        text = f"under {described(trend.condition.items())} it grows {change} than under the first condition"
+        text = f"Under {described(trend.condition.items())} it grows {change} than under the first condition"
         said.append(f"{text} ({amount(trend.beyond, report.metric)})")
     return said
 

@@ -57,7 +57,7 @@ def test_trends_of_a_sweep_are_by_condition_with_their_difference(sweep: Sweep) 
     first, second = found[0.0, "improvement"], found[0.5, "improvement"]
     assert first.beyond is None and second.beyond is not None
     assert second.beyond.mean == pytest.approx(second.slope.mean - first.slope.mean)
-    assert "under label noise 0.5 it grows faster than under the first condition" in benefit(report)
+    assert "Under label noise 0.5 it grows faster than under the first condition" in benefit(report)
     assert found[0.0, "a"].slope.mean == pytest.approx(0, abs=1e-12)
 
 

@@ -68,7 +68,7 @@ def test_each_condition_is_judged_by_itself(sweep: Sweep) -> None:
                 sweep.add(metric, optimizer="sam", width=width, seed=seed, label_noise=noise)
     text = benefit(summarize(sweep.folder))
     assert "label noise 0: SAM makes no significant difference" in text
-    assert "label noise 0.5: SAM is better at width 8, 32" in text
+    assert "Label noise 0.5: SAM is better at width 8, 32" in text
 
 
 def test_quantities_of_minima_are_counted_by_their_verdicts(sweep: Sweep) -> None:
