@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import linear_regression, pvariance
 from typing import Literal
 
-from samlite.intervals import Interval, paired
+from samlite.intervals import Interval, paired, student_t
 from samlite.report.convergence import STRAIGHT, Convergence
 from samlite.report.groups import described
 from samlite.report.outcomes import Outcome, Report, Row, quantities
@@ -83,11 +84,16 @@ def no_benefit(report: Report) -> Finding:
 
 
 def best_radius(report: Report) -> Finding:
-    """The best radius grows with width. Without an interval this shows in trend at most."""
-    chosen = {row.parameters: outcome.rho for row in _rows(report) if (outcome := _sam(row)) and outcome.rho}
-    radii = list(chosen.values())
-    grows = radii == sorted(radii) and radii[:1] != radii[-1:]
-    return Finding("in trend" if grows else "not seen", "rho " + ", ".join(f"{rho:g}" for rho in radii) + " by width")
+    """The best radius grows with width: the least-squares slope of its logarithm, with its interval over the widths."""
+    points = [(row.parameters, outcome.rho) for row in _rows(report) if (outcome := _sam(row)) and outcome.rho]
+    numbers = "rho " + ", ".join(f"{rho:g}" for _, rho in points) + " by width"
+    if len(points) < 3:
+        return Finding("not seen", numbers)
+    x, y = (list(map(math.log10, values)) for values in zip(*points, strict=True))
+    slope, intercept = linear_regression(x, y)
+    rest = sum((b - slope * a - intercept) ** 2 for a, b in zip(x, y, strict=True)) / (len(x) - 2)
+    half = student_t(len(x) - 2) * (rest / (len(x) * pvariance(x))) ** 0.5
+    return Finding(_finding({"": Interval(slope, half, len(x))}).status, numbers)
 
 
 def linear(results: Sequence[Convergence]) -> Finding:

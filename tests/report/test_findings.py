@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
+from scipy import stats
 from sweeps import Sweep
 
 from samlite.report import findings
@@ -105,3 +107,26 @@ def test_bounds_of_stability(sweep: Sweep, sam: tuple[float, object], sgd: tuple
     sweep.add(0.9, optimizer="sgd", lr=0.05, sharpness=sgd[0], spread=sgd[1])
     sweep.add(0.9, optimizer="sam", lr=0.05, rho=0.2, sharpness=sam[0], spread=sam[1])
     assert findings.bounds(sweep.folder).status == status
+
+
+@pytest.mark.parametrize(
+    ("best", "status"),
+    [
+        ((0.01, 0.02, 0.05, 0.1), "supported"),
+        ((0.05, 0.05, 0.05, 0.05), "not seen"),
+        ((0.02, 0.1, 0.01, 0.05), "not seen"),
+        ((0.1, 0.05, 0.02, 0.01), "refuted"),
+        ((0.01, 0.1), "not seen"),
+    ],
+)
+def test_the_best_radius_grows_by_a_slope_over_widths(sweep: Sweep, best: Sequence[float], status: str) -> None:
+    for width, chosen in zip((8, 16, 32, 64), best, strict=False):
+        for rho in (0.01, 0.02, 0.05, 0.1):
+            sweep.add(0.5, optimizer="sam", rho=rho, width=width, validation=0.9 if rho == chosen else 0.5)
+    report = summarize(sweep.folder)
+    assert findings.best_radius(report).status == status
+    if len(best) > 2 and len(set(best)) > 1:
+        x = [math.log10(row.parameters) for row in report.rows]
+        fitted = stats.linregress(x, np.log10(best))
+        significant = fitted.pvalue < 0.05
+        assert (status != "not seen") == significant
