@@ -35,6 +35,7 @@ class Curve:
     seed: int
     steps: list[int]
     losses: list[float]
+    fitted: int  # epochs, from the first, which the line goes through
     rate: float | None  # fall of ln(loss) a step; None where fewer than three epochs are left
     r2: float | None
 
@@ -86,7 +87,7 @@ def _curve(folder: Path, seed: int) -> Curve:
     steps, losses = [record["steps"] for record in records], [record["train_loss"] for record in records]
     fitted = before_the_floor(losses)
     line = fit(steps[:fitted], losses[:fitted])
-    return Curve(seed, steps, losses, *(line or (None, None)))
+    return Curve(seed, steps, losses, fitted, *(line or (None, None)))
 
 
 def tables(results: Sequence[Convergence]) -> list[Table]:
@@ -138,7 +139,7 @@ def _draw_group(panel: "Axes", result: Convergence, color: str) -> None:
         if kept:
             panel.plot(*zip(*kept, strict=True), color=color, linewidth=1, alpha=0.7, label=label)
             label = None
-        points += kept
+        points += [point for point in kept if point[0] <= curve.steps[curve.fitted - 1]]
     if result.rate is None:
         return
     rate = result.rate.mean
