@@ -182,6 +182,7 @@ def test_what_a_batch_needs_of_a_network_is_said() -> None:
     assert "Sequential" in _obstacle(nn.Linear(1, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
 def test_a_batched_sweep_that_is_killed_and_repeated_ends_with_the_same_files(tmp_path: Path) -> None:
     """Each member has the same epochs and records but for rounding, whenever the kill came."""
