@@ -58,6 +58,12 @@ class Experiment:
         """What is kept of it."""
         return DOCS / "results" / f"{self.name}.json"
 
+    def finished(self) -> bool:
+        """Whether every run of its sweeps that were begun has ended."""
+        if not (self.folder / SWEEP).exists():
+            return False
+        return all((self.folder / cell.name / RESULT).exists() for cell in read_cells(self.folder))
+
     def commands(self) -> list[str]:
         """What a user types."""
         several = f" --out runs/{self.name}" if len(self.sweeps) > 1 else ""
@@ -72,7 +78,7 @@ def main() -> None:
     for experiment in experiments:
         if not names or experiment.name in names:
             _run(experiment, Path(data).resolve())
-        if (experiment.folder / SWEEP).exists():
+        if experiment.finished():
             experiment.found.write_text(json.dumps(_found(experiment), indent=1) + "\n", encoding="utf-8")
     kept = [(each, json.loads(each.found.read_text(encoding="utf-8"))) for each in experiments if each.found.exists()]
     sections = [_section(experiment, found) for experiment, found in kept]
@@ -105,7 +111,7 @@ def _found(experiment: Experiment) -> dict[str, Any]:
         tables.append(_beside(numbers["params"], experiment))
     judge = CLAIMS[judged].verdict if judged == experiment.verdict else getattr(verdicts, experiment.verdict)
     folders = [experiment.folder / cell.name for cell in read_cells(experiment.folder)]
-    seconds = [read_result(folder, "seconds")["seconds"] for folder in folders if (folder / RESULT).exists()]
+    seconds = [read_result(folder, "seconds")["seconds"] for folder in folders]
     judged_by = {"linear": numbers.get("convergence"), "bounds": experiment.folder}
     return {
         "commands": experiment.commands(),

@@ -199,7 +199,7 @@ def test_a_batched_sweep_that_is_killed_and_repeated_ends_with_the_same_files(tm
     assert names == {path.relative_to(tmp_path / "parts") for path in (tmp_path / "parts").rglob("*") if path.is_file()}
     for cell in sweep.read(tmp_path / "whole"):
         one, other = weights(tmp_path / "parts" / cell.name), weights(tmp_path / "whole" / cell.name)
-        assert (one - other).norm() <= 1e-4 * other.norm(), cell.name  # rounding, which grows over 1,920 steps
+        assert (one - other).norm() <= 1e-3 * other.norm(), cell.name  # rounding, which grows over 1,920 steps
         assert len(documents(tmp_path / "parts" / cell.name)) == 61
 
 
