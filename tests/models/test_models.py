@@ -89,7 +89,9 @@ def test_a_residual_block_adds_its_shortcut_and_projects_it_where_shapes_differ(
     assert isinstance(same.shortcut, nn.Identity)
     torch.testing.assert_close(same(inputs), (same.branch(inputs) + inputs).clamp(min=0))
     assert wider(inputs).shape == (2, 8, 4, 4)
-    torch.testing.assert_close(wider(inputs), (wider.branch(inputs) + wider.shortcut(inputs)).clamp(min=0))
+    convolution, normalization = wider.shortcut
+    strided = normalization(nn.functional.conv2d(inputs, convolution.weight, stride=2))
+    torch.testing.assert_close(wider(inputs), (wider.branch(inputs) + strided).clamp(min=0))
 
 
 @pytest.mark.parametrize("build", [resnet18, resnet50, vit])
