@@ -98,12 +98,7 @@ def _run(experiment: Experiment, data: Path) -> None:
 def _found(experiment: Experiment) -> dict[str, Any]:
     """What the runs of an experiment say; its figures are drawn."""
     judged = experiment.verdict if experiment.verdict in CLAIMS else "params"
-    views = {
-        *experiment.claims,
-        experiment.figure,
-        judged,
-        *("convergence",) * ("linear" in experiment.findings.values()),
-    }
+    views = {*experiment.claims, experiment.figure, judged}
     numbers = {view: CLAIMS[view].measure(experiment.folder) for view in views}
     tables = [table for view in experiment.claims for table in CLAIMS[view].tables(numbers[view])]
     CLAIMS[experiment.figure].draw(numbers[experiment.figure], experiment.found.with_suffix(".png"))

@@ -49,9 +49,10 @@ def stronger(report: Report) -> Finding:
     """The benefit grows faster, and is larger at the largest width, under later conditions than under the first."""
     first, *later = dict.fromkeys(tuple(row.condition.items()) for row in report.rows)
     parts: dict[str, Interval | None] = {}
+    found = trends(report)
     for condition in later:
         where = described(condition)
-        for trend in trends(report):
+        for trend in found:
             if tuple(trend.condition.items()) == condition and trend.quantity == IMPROVEMENT and trend.beyond:
                 parts[f"{where}: slope {amount(trend.beyond, report.metric)}"] = trend.beyond
         more = _paired(_rows(report, condition), _rows(report, first))

@@ -256,11 +256,11 @@ class Session:
             return
         best = deepcopy(self.model)
         best.load_state_dict(self.best.pop("model"))
-        best_test = self.task.evaluate(best, self.data.test)
-        self.best["test_metric"] = best_test.metric
+        end, test = self.records[self.best["epoch"] - 1], self.task.evaluate(best, self.data.test)
+        self.best["test_metric"] = test.metric
         if self.config.patience:
-            self.model, end, test = best, self.records[self.best["epoch"] - 1], best_test
-        else:
+            self.model = best
+        elif end is not self.records[-1]:
             end, test = self.records[-1], self.task.evaluate(self.model, self.data.test)
         save_model_weights(self.out / WEIGHTS, self.model)
         write_json(self.out / RESULT, self._result(end, test))

@@ -174,6 +174,22 @@ def test_only_small_networks_of_layers_that_can_are_put_together_by_themselves()
     assert {len(group) for group in together(cells(), 1, None)} == {6}
 
 
+@pytest.mark.parametrize(
+    ("optimizers", "recipe", "sizes"),
+    [
+        (["sgd", "sam", "friendly", "agnostic", "sampa"], {}, [4] + 6 * [1]),
+        (["sgd", "sam"], {"adaptive": "all"}, [2, 1, 1]),
+        (["sgd", "sam"], {"every": 2}, [2, 1, 1]),
+        (["adam", "sam"], {}, 4 * [1]),
+    ],
+)
+def test_runs_whose_options_are_for_sam_alone_are_left_alone(
+    optimizers: list[str], recipe: dict[str, Any], sizes: list[int]
+) -> None:
+    members = sweep.grid("digits", (8,), optimizers, seeds=2, recipe=recipe, device="cpu")
+    assert [len(group) for group in together(members, 1, None)] == sizes
+
+
 def test_what_a_batch_needs_of_a_network_is_said() -> None:
     with pytest.raises(UsageError, match="augment must be False, got True; leave --batched out"):
         together([Config.of("cifar10", width=2)], 1, True)
