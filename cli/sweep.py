@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     type=options.NUMBERS,
     help="Fractions of the training labels.",
 )
+@click.option("--train-samples", type=options.INTEGERS, help="How many of the training samples, drawn by the seed.")
 @click.option(
     "--sparsities",
     "--sparsity",
@@ -94,6 +95,7 @@ def sweep(
     seeds: int,
     rhos: Any,
     label_noises: tuple[float, ...] | None,
+    train_samples: tuple[int, ...] | None,
     sparsities: tuple[float, ...] | None,
     weight_decays: tuple[float, ...] | None,
     measure: tuple[str, ...],
@@ -147,7 +149,8 @@ def sweep(
     overrides |= given
     settings = {"base": base, "data": data, "device": device, "track": track}
     settings |= {"track_measures": track_measures, "track_every": track_every}
-    conditions = {"label_noises": label_noises, "sparsities": sparsities, "weight_decays": weight_decays}
+    conditions = {"label_noises": label_noises, "train_samples": train_samples}
+    conditions |= {"sparsities": sparsities, "weight_decays": weight_decays}
     swept: dict[str, Any] = {name: values or () for name, values in conditions.items()}
     search = rhos == "auto"
     radii = START if search else rhos or ()

@@ -133,7 +133,7 @@ def _processor() -> str:
 
 def _beside(report: Report, experiment: Experiment) -> Table:
     """The improvement by width beside the paper's points, also as a figure."""
-    ours = [(row.parameters, row.optimizers["sam"].improvement) for row in report.rows]
+    ours = [(row.parameters, row.sam.improvement) for row in report.rows if row.sam]
     known = [(count, gain) for count, gain in ours if gain]
     theirs = list(zip(experiment.paper["parameters"], experiment.paper["improvement"], strict=True))
     with new_figure(experiment.found.with_name(f"{experiment.name}-paper.png"), (5.2, 3.6)) as figure:

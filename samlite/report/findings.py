@@ -15,7 +15,7 @@ from typing import Literal
 from samlite.intervals import Interval, paired, student_t
 from samlite.report.convergence import STRAIGHT, Convergence
 from samlite.report.groups import described
-from samlite.report.outcomes import Outcome, Report, Row, quantities
+from samlite.report.outcomes import Report, Row, quantities
 from samlite.report.table import interval
 from samlite.report.trends import IMPROVEMENT, amount, trends
 from samlite.sweep.grid import read_cells
@@ -86,7 +86,7 @@ def no_benefit(report: Report) -> Finding:
 
 def best_radius(report: Report) -> Finding:
     """The best radius grows with width: the least-squares slope of its logarithm, with its interval over the widths."""
-    points = [(row.parameters, outcome.rho) for row in _rows(report) if (outcome := _sam(row)) and outcome.rho]
+    points = [(row.parameters, row.sam.rho) for row in _rows(report) if row.sam and row.sam.rho]
     numbers = "rho " + ", ".join(f"{rho:g}" for _, rho in points) + " by width"
     if len(points) < 3:
         return Finding("not seen", numbers)
@@ -160,13 +160,9 @@ def _rows(report: Report, condition: Sequence[tuple[str, float]] | None = None) 
     return [row for row in report.rows if row.condition == wanted]
 
 
-def _sam(row: Row) -> Outcome | None:
-    return next((each for name, each in row.optimizers.items() if name.split("-")[0] == "sam"), None)
-
-
 def _gain(rows: Sequence[Row], report: Report) -> dict[str, Interval | None]:
     """The improvement at each width."""
-    gains = {row.width: outcome.improvement for row in rows if (outcome := _sam(row))}
+    gains = {row.width: row.sam.improvement for row in rows if row.sam}
     return {f"{_amount(gain, report)} at width {width}": gain for width, gain in gains.items() if gain}
 
 
@@ -177,7 +173,7 @@ def _amount(value: Interval, report: Report) -> str:
 
 def _paired(one: Sequence[Row], other: Sequence[Row]) -> Interval | None:
     """By how much the improvement at the largest width of some rows is larger than that of others."""
-    ends = [outcome for rows in (one, other) if rows and (outcome := _sam(rows[-1]))]
+    ends = [rows[-1].sam for rows in (one, other) if rows and rows[-1].sam]
     return paired(ends[0].gains, ends[1].gains) if len(ends) == 2 else None
 
 
@@ -185,9 +181,8 @@ def _falls(report: Report, names: Sequence[str]) -> dict[str, Interval | None]:
     """How far the logarithm of quantities is below that of the base, at each width."""
     parts: dict[str, Interval | None] = {}
     for row in _rows(report):
-        outcome = _sam(row)
         for name in names:
-            ratios = Interval.of(outcome.ratios.get(name, {}).values()) if outcome else None
+            ratios = Interval.of(row.sam.ratios.get(name, {}).values()) if row.sam else None
             if ratios:
                 parts[f"{name} × {math.exp(ratios.mean):.2g} at width {row.width}"] = _negative(ratios)
     return parts

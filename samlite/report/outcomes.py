@@ -4,7 +4,7 @@ Intervals are Student's t at 95 % over seeds; one seed gives none. The improveme
 metric with SAM less that of its base optimizer, paired by seed, with the sign turned where a lower
 metric is better: positive means that SAM is better. Of several rhos the one that is best on validation
 counts, chosen for each width and condition. A condition is what the sweep varies beside: label noise,
-sparsity, weight decay.
+the number of samples, sparsity, weight decay.
 
 The quantities of a minimum are its sharpness a = λ_max(H) and, where measured, the non-uniformity s_2,
 s_3, ... of the samples' Hessians. As they differ by orders of magnitude between runs, SAM is compared
@@ -61,8 +61,13 @@ class Outcome:
 class Row:
     width: int
     parameters: int  # that are trained: those a mask keeps
-    condition: dict[str, float]  # label noise, sparsity, weight decay: those of them that the sweep varies
+    condition: dict[str, float]  # label noise, sparsity and others: those of them that the sweep varies
     optimizers: dict[str, Outcome]
+
+    @property
+    def sam(self) -> Outcome | None:
+        """That of SAM itself, in whatever form."""
+        return next((each for name, each in self.optimizers.items() if name.split("-")[0] == "sam"), None)
 
 
 @dataclass(frozen=True)

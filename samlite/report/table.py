@@ -53,6 +53,11 @@ def number(value: float | None) -> str:
     return MISSING if value is None else f"{value:.2g}"
 
 
+def digits(value: float) -> str:
+    """Two digits, or all those of a number in the hundreds and thousands."""
+    return f"{value:.0f}" if 99.5 <= value < 1e4 else f"{value:#.2g}".rstrip(".")
+
+
 def comparison(value: Comparison | None, narrow: bool = False) -> str:
     """A ratio with its interval, under it if that is narrower, and then the verdict."""
     if value is None:
@@ -61,13 +66,8 @@ def comparison(value: Comparison | None, narrow: bool = False) -> str:
     if ratio.mean is None:
         return f"no ratio:\n0 in {ratio.zeros} of {ratio.n} pairs"
     if ratio.low is None or ratio.high is None:
-        return _digits(ratio.mean)
+        return digits(ratio.mean)
     gap = "\n" if narrow else " "
-    middle, low, high = map(_digits, (ratio.mean, ratio.low, ratio.high))
+    middle, low, high = map(digits, (ratio.mean, ratio.low, ratio.high))
     verdict = str(value.verdict).replace("significant ", "significant\n")
     return f"{middle}{gap}({low} to {high})\n{verdict}"
-
-
-def _digits(value: float) -> str:
-    """Two digits, or all those of a number in the hundreds and thousands."""
-    return f"{value:.0f}" if 99.5 <= value < 1e4 else f"{value:#.2g}".rstrip(".")

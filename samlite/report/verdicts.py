@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from samlite.intervals import Interval, paired
 from samlite.report.groups import described
 from samlite.report.outcomes import Outcome, Report, Row
+from samlite.report.table import digits
 from samlite.report.trends import IMPROVEMENT, Trend, amount, trends
 from samlite.tasks.metrics import percent
 
@@ -26,7 +27,7 @@ def benefit(report: Report) -> str:
 
 
 def _benefit(report: Report, condition: dict[str, float], found: Sequence[Trend]) -> str:
-    outcomes = _sam([row for row in report.rows if row.condition == condition])
+    outcomes = _compared([row for row in report.rows if row.condition == condition])
     where = described(condition.items())
     prefix = f"{where}: " if where else ""
     if not outcomes:
@@ -53,7 +54,7 @@ def _no_difference(gains: Mapping[int, Interval], metric: str) -> str:
     text = "SAM makes no significant difference at any width"
     if not halves:
         return text
-    span = f"{halves[0]:.2g}" if len(halves) == 1 else f"{halves[0]:.2g} to {halves[-1]:.2g}"
+    span = " to ".join(dict.fromkeys(map(digits, (halves[0], halves[-1]))))
     return f"{text}, where {span}{_unit(metric)} could have been seen"
 
 
@@ -69,7 +70,7 @@ def _growth(slope: Interval | None, last: Interval, metric: str) -> str:
         return f"{text}: it grows, but is {below} at the largest width, so this agrees in trend alone"
     if slope.negative:
         return f"{text}: it falls, so this disagrees"
-    seen = f"a growth of {slope.half_width * percent(metric):.2g}{_unit(metric)} could have been seen"
+    seen = f"a growth of {digits(slope.half_width * percent(metric))}{_unit(metric)} could have been seen"
     end = "this agrees in part" if last.positive else "this neither shows nor excludes it"
     return f"{text}, so no growth is seen, where {seen}: {end}"
 
@@ -80,7 +81,7 @@ def _unit(metric: str) -> str:
 
 def _minima(report: Report) -> list[str]:
     """At how many places each quantity of SAM's minima is smaller or larger than its base's."""
-    outcomes = [row.optimizers["sam"] for row in report.rows if "sam" in row.optimizers]
+    outcomes = [row.sam for row in report.rows if row.sam]
     said = []
     for name in QUANTITIES:
         compared = [each.comparisons[name].verdict for each in outcomes if name in each.comparisons]
@@ -118,19 +119,9 @@ def _trends_of_minima(found: Sequence[Trend]) -> list[str]:
 
 def no_benefit(report: Report) -> str:
     """On the claim that SAM has no benefit, as in the linearized regime."""
-    gains = [outcome.improvement for outcome in _sam(report.rows).values()]
+    gains = [outcome.improvement for outcome in _compared(report.rows).values()]
     some = any(gain and gain.positive for gain in gains)
     return "SAM is better at some width: this disagrees" if some else "SAM is better at no width: this agrees"
-
-
-def best_radius(report: Report) -> str:
-    """On the claim that the best rho grows with width."""
-    chosen = {row.width: row.optimizers["sam"].rho or 0.0 for row in report.rows if "sam" in row.optimizers}
-    grows = sorted(chosen.values()) == list(chosen.values())
-    values = ", ".join(f"{rho:g} at width {width}" for width, rho in chosen.items())
-    moves = "does not fall with width" if grows else "does not grow steadily with width"
-    agrees = "consistent with the claim" if grows else "not in agreement with it"
-    return f"the best radius is {values}: it {moves}, which is {agrees}, though few widths show little"
 
 
 def radii(report: Report) -> str:
@@ -155,11 +146,6 @@ def variants(report: Report) -> str:
     )
 
 
-def _sam(rows: Sequence[Row]) -> dict[int, Outcome]:
+def _compared(rows: Sequence[Row]) -> dict[int, Outcome]:
     """SAM's outcomes by width, where they have a baseline."""
-    return {
-        row.width: outcome
-        for row in rows
-        for name, outcome in row.optimizers.items()
-        if name.split("-")[0] == "sam" and outcome.improvement
-    }
+    return {row.width: row.sam for row in rows if row.sam and row.sam.improvement}

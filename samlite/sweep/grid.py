@@ -22,6 +22,7 @@ def grid(
     rhos: Sequence[float] = (),
     *,
     label_noises: Sequence[float] = (),
+    train_samples: Sequence[int] = (),
     sparsities: Sequence[float] = (),
     weight_decays: Sequence[float] = (),
     recipe: Mapping[str, Any] | None = None,
@@ -33,7 +34,7 @@ def grid(
         optimizers: default the task's baseline and SAM.
         seeds: how many, counted from 0.
         rhos: for SAM; default the recipe's.
-        label_noises, sparsities, weight_decays: conditions, every combination of which is swept.
+        label_noises, train_samples, sparsities, weight_decays: conditions, every combination of which is swept.
         recipe, settings: as of `Config.of`. SAM wraps `base`, by default the first other optimizer.
     """
     optimizers = optimizers or (tasks.get(task).base, "sam")
@@ -45,8 +46,9 @@ def grid(
         raise UsageError(f"rhos must go with sam among the optimizers, got {', '.join(optimizers)}")
     base = settings.pop("base", None) or next((name for name in optimizers if name not in FAMILY), None)
     conditions: list[dict[str, Any]] = [
-        {"label_noise": noise, "sparsity": sparsity, "weight_decay": decay}
+        {"label_noise": noise, "train_samples": samples, "sparsity": sparsity, "weight_decay": decay}
         for noise in label_noises or (None,)
+        for samples in train_samples or (None,)
         for sparsity in sparsities or (None,)
         for decay in weight_decays or (None,)
     ]

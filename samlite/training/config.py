@@ -46,6 +46,8 @@ class Config:
     """Whether training inputs are altered, as the task does it."""
     label_noise: float = 0.0
     """The fraction of the training labels that move to another class."""
+    train_samples: int = 0
+    """The number of training samples that are used, drawn by the seed; 0 for all."""
     sparsity: float = 0.0
     """The fraction of the weights that are masked from the start."""
     pruner: str | None = None
@@ -176,6 +178,8 @@ class Config:
             )
         if self.track:
             raise UsageError(f"track must be 0 for task {self.task}, whose samples are other ones after every epoch")
+        if self.train_samples:
+            raise UsageError(f"train_samples must be 0 for task {self.task}, which plays for its samples")
 
     @classmethod
     def of(cls, task: str, recipe: Mapping[str, Any] | None = None, **choices: Any) -> "Config":

@@ -182,6 +182,16 @@ OPTIONS: dict[str, Option] = {
         swept=True,
         condition="noise",
     ),
+    "train_samples": Option(
+        Integer(),
+        "Training samples to use, drawn by the seed; default all.",
+        "run",
+        metavar="N",
+        neutral=0,
+        in_recipe=True,
+        swept=True,
+        condition="samples",
+    ),
     "sparsity": Option(
         Number(below=1),
         "Fraction of the weights of linear and convolution layers masked from the start.",

@@ -81,6 +81,8 @@ def test_a_config_survives_json(task: Task) -> None:
         ("digits", {"pruner": "snip"}, "pruner must go with a sparsity above 0, got snip"),
         ("digits", {"sparsity": 0.5, "pruner": "best"}, "pruner must be one of random, snip, magnitude, got 'best'"),
         ("digits", {"patience": -1}, "patience must be >= 0, got -1"),
+        ("digits", {"train_samples": -1}, "train_samples must be >= 0, got -1"),
+        ("cartpole", {"train_samples": 9}, "train_samples must be 0 for task cartpole, which plays for its samples"),
         (
             "digits",
             {"optimizer": "sam", "sigma": 0.5},
@@ -119,6 +121,7 @@ def test_a_run_is_named_by_what_sets_it_apart(task: Task) -> None:
     assert Config.of("everything", {"adaptive": "all", "normalize": False}).label == "sgd"  # where they do not apply
     assert name(sparsity=0.9, weight_decay=0.0) == "sgd-w8-sparse0.9-decay0.0-s0"
     assert name(weight_decay=0.01) == "sgd-w8-s0"  # the recipe's
+    assert name(train_samples=500) == "sgd-w8-samples500-s0"
 
 
 def test_sam_wraps_the_baseline_of_the_task(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:

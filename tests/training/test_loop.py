@@ -494,6 +494,21 @@ def test_noisy_labels_are_kept_with_the_run_and_trained_on(tmp_path: Path) -> No
     assert run.task.evaluate(run.model, run.data.train).loss == result(tmp_path)["final"]["train_loss"]
 
 
+def test_a_run_may_use_some_of_the_training_samples(tmp_path: Path) -> None:
+    def inputs(name: str, **choices: Any) -> Tensor:
+        list(train(digits(train_samples=100, **choices), tmp_path / name))
+        return load_run(tmp_path / name).data.train.inputs
+
+    every = tasks.get("digits").load(None, 0)
+    ours = inputs("ours", label_noise=0.2)
+    assert len(ours) == 100 and result(tmp_path / "ours")["label_noise"]["changed"] == 20
+    assert len({tuple(row) for row in ours.tolist()} & {tuple(row) for row in every.train.inputs.tolist()}) == 100
+    assert torch.equal(inputs("sam", optimizer="sam"), ours)  # a comparison is on the same samples
+    assert not torch.equal(inputs("another seed", seed=1), ours)
+    with pytest.raises(ValueError, match="train_samples must be <= 900, the samples of the data, got 9,999"):
+        list(train(digits(train_samples=9_999), tmp_path / "too many"))
+
+
 @pytest.mark.parametrize(
     "choices",
     [
