@@ -22,7 +22,7 @@ import tomllib
 import torch
 
 from samlite.report import findings, verdicts
-from samlite.report.canvas import REFERENCE, draw_curve, label_parameters, new_figure
+from samlite.report.canvas import REFERENCE, draw_curve, draw_intervals, label_parameters, new_figure
 from samlite.report.claims import CLAIMS
 from samlite.report.outcomes import Report
 from samlite.report.table import Table, interval
@@ -139,12 +139,7 @@ def _beside(report: Report, experiment: Experiment) -> Table:
     with new_figure(experiment.found.with_name(f"{experiment.name}-paper.png"), (5.2, 3.6)) as figure:
         panel = figure.subplots()
         panel.axhline(0, **REFERENCE)
-        band = [
-            (count, gain.mean - gain.half_width, gain.mean + gain.half_width)
-            for count, gain in known
-            if gain.half_width
-        ]
-        draw_curve(panel, "here", "C0", [(count, gain.mean) for count, gain in known], band)
+        draw_intervals(panel, "here", "C0", known)
         draw_curve(panel, "the paper's figure, read by eye", "C1", [(int(count), gain) for count, gain in theirs], [])
         panel.legend()
         panel.set_title(f"improvement of the test {report.metric} by SAM")

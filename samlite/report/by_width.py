@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from samlite.errors import UsageError, shortened
 from samlite.report import radii, trends
-from samlite.report.canvas import REFERENCE, colors, draw_curve, label_parameters, label_values, new_figure
+from samlite.report.canvas import (
+    REFERENCE,
+    colors,
+    draw_curve,
+    draw_intervals,
+    label_parameters,
+    label_values,
+    new_figure,
+)
 from samlite.report.groups import described, method
 from samlite.report.outcomes import Outcome, Report
 from samlite.report.table import Table, comparison, interval
@@ -191,11 +199,8 @@ def _draw_improvement(panel: "Axes", report: Report) -> None:
     scale = percent(report.metric)
     panel.axhline(0, **REFERENCE)
     for label, (color, outcomes) in _curves(report).items():
-        gains = [(count, outcome.improvement) for count, outcome in outcomes if outcome.improvement]
-        means = [(count, scale * gain.mean) for count, gain in gains]
-        halves = [(count, gain.mean, gain.half_width) for count, gain in gains if gain.half_width is not None]
-        band = [(count, scale * (mean - half), scale * (mean + half)) for count, mean, half in halves]
-        draw_curve(panel, label, color, means, band)
+        gains = [(count, outcome.improvement) for count, outcome in outcomes]
+        draw_intervals(panel, label, color, gains, scale)
     panel.set_title("improvement by SAM")
     unit = " (points)" if scale == 100 else " (decrease)" if report.metric == "loss" else ""
     panel.set_ylabel(f"test {report.metric.replace('_', ' ')}{unit}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from samlite.errors import UsageError, missing
 from samlite.files import replacing
+from samlite.intervals import Interval
 from samlite.models import count_in_short
 from samlite.report.groups import described
 
@@ -97,6 +98,15 @@ def draw_curve(
     if band:
         counts, lows, highs = zip(*band, strict=True)
         panel.fill_between(counts, lows, highs, color=color, alpha=0.2, linewidth=0)
+
+
+def draw_intervals(
+    panel: "Axes", label: str, color: str, values: Sequence[tuple[int, Interval | None]], scale: float = 1
+) -> None:
+    """The curve of (parameters, interval), scaled; None is left out."""
+    known = [(count, scale * value.mean, value.half_width) for count, value in values if value]
+    band = [(count, mean - scale * half, mean + scale * half) for count, mean, half in known if half is not None]
+    draw_curve(panel, label, color, [(count, mean) for count, mean, _ in known], band)
 
 
 def label_values(panel: "Axes") -> None:

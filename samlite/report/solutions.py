@@ -20,7 +20,7 @@ from samlite.curvature.hessian import Hessian
 from samlite.curvature.surfaces import surface
 from samlite.errors import UsageError
 from samlite.intervals import Interval
-from samlite.report.canvas import colors, draw_curve, label_parameters, new_figure
+from samlite.report.canvas import colors, draw_curve, draw_intervals, label_parameters, new_figure
 from samlite.report.groups import Group, group_table, groups
 from samlite.report.table import Table, interval, number
 from samlite.tasks import Splits
@@ -184,10 +184,7 @@ def draw(results: Sequence[Solutions], path: Path | str) -> None:
         for label, color in colors([each.group.label for each in inside]).items():
             here = [each for each in inside if each.group.label == label]
             for panel, name in ((travelled, "travelled"), (apart, "apart")):
-                values = [(each.parameters, getattr(each, name)) for each in here if getattr(each, name)]
-                halves = [(count, value.mean, value.half_width) for count, value in values if value.half_width]
-                band = [(count, middle - half, middle + half) for count, middle, half in halves]
-                draw_curve(panel, label, color, [(count, value.mean) for count, value in values], band)
+                draw_intervals(panel, label, color, [(each.parameters, getattr(each, name)) for each in here])
             spreads = [(each.parameters, each.metric_spread) for each in here if each.metric_spread is not None]
             draw_curve(spread, label, color, spreads, [])
         travelled.set_title("distance from the first weights")
