@@ -79,7 +79,10 @@ def flatter_with_width(report: Report) -> Finding:
 
 def no_benefit(report: Report) -> Finding:
     """SAM has no benefit at any width: supported where none is seen, refuted where every width has one."""
-    found = _finding(_gain(_rows(report), report))
+    gains = _gain(_rows(report), report)
+    found = _finding(gains)
+    if all(gain is None or gain.half_width is None for gain in gains.values()):
+        return found
     turned: dict[Status, Status] = {"supported": "refuted", "in trend": "mixed", "mixed": "mixed"}
     return Finding(turned.get(found.status, "supported"), found.numbers)
 

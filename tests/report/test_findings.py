@@ -35,7 +35,7 @@ ABOVE, ZERO, BELOW = (0.03, 0.031, 0.032), (-0.001, 0.0, 0.001), (-0.032, -0.031
         (BELOW, ZERO, "in trend", "supported"),
         (ABOVE, BELOW, "refuted", "mixed"),
         ((*ABOVE[:2], 0.09), (0.02, 0.021, 0.025), "not seen", "mixed"),
-        ((0.01,), (0.05,), "not seen", "supported"),  # one seed shows nothing
+        ((0.01,), (0.05,), "not seen", "not seen"),  # one seed shows nothing
     ],
 )
 def test_growth_and_absence(
