@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from samlite.curvature.criterion import denominator
 from samlite.data.tensors import Batch, Batches, Splits, TensorData
+from samlite.errors import UsageError
 from samlite.models import parameter_count
 from samlite.seeds import generator
 
@@ -131,6 +132,12 @@ class Task:
     def splits(self, source: str | None, seed: int) -> Splits:
         """The data of a run, on the CPU; a task with settings may apply them."""
         return self.load(source, seed)
+
+    def draw(self, data: Any, count: int, seed: int) -> Any:
+        """So many training samples, the same for every run of a seed. Raises UsageError where there are not as many."""
+        if count > len(data):
+            raise UsageError(f"train_samples must be <= {len(data):,}, the samples of the data, got {count:,}")
+        return data[torch.randperm(len(data), generator=generator("training samples", seed))[:count]]
 
     def batches(
         self, model: nn.Module, data: Any, batch_size: int, order: torch.Generator, augment: bool

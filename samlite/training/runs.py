@@ -12,7 +12,6 @@ from samlite.data.noise import noisy
 from samlite.documents import AMOUNT, COUNT, GAPPED, MAYBE, NUMBER, POSITIVE, SWITCH, TEXT, Shape, check
 from samlite.errors import UsageError
 from samlite.files import parse_json, read_json, regular
-from samlite.seeds import generator
 from samlite.tasks import Splits, Task
 from samlite.training import network
 from samlite.training.checkpoints import load_model_weights, load_weights, save_tensors
@@ -160,7 +159,7 @@ def load_data(task: Task, config: Config, folder: Path) -> Splits:
     """The data on the CPU, the training labels with their noise, which stays what the folder says once it does."""
     data = task.splits(config.data, config.seed)
     if config.train_samples:
-        data = replace(data, train=_drawn(data.train, config.train_samples, config.seed))
+        data = replace(data, train=task.draw(data.train, config.train_samples, config.seed))
     if not config.label_noise:
         return data
     if (folder / LABELS).exists():
@@ -172,13 +171,6 @@ def load_data(task: Task, config: Config, folder: Path) -> Splits:
         assert classes is not None  # the config was checked
         labels = noisy(data.train.targets, classes, config.label_noise, config.seed)
     return replace(data, train=replace(data.train, targets=labels))
-
-
-def _drawn(data: Any, count: int, seed: int) -> Any:
-    """So many of the samples, the same for every run of a seed."""
-    if count > len(data):
-        raise UsageError(f"train_samples must be <= {len(data):,}, the samples of the data, got {count:,}")
-    return data[torch.randperm(len(data), generator=generator("training samples", seed))[:count]]
 
 
 def _are_labels(labels: Tensor, targets: Tensor, classes: int) -> bool:

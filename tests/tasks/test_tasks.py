@@ -68,6 +68,17 @@ def test_synthetic_targets_are_the_teacher_plus_noise_drawn_by_the_seed() -> Non
         assert abs(noise - NOISE) < 4 * NOISE / (2 * 10000) ** 0.5  # four standard errors
 
 
+def test_synthetic_has_as_many_training_samples_as_are_asked_for() -> None:
+    task, data = get("synthetic"), load(get("synthetic"), 0).train
+    some, more = (task.draw(data, count, 0) for count in (100, 3_000))
+    assert len(some) == 100 and len(more) == 3_000
+    assert torch.equal(more.inputs[:1_000], data.inputs) and torch.equal(more.targets[:1_000], data.targets)
+    added = (more.targets - teacher(more.inputs))[1_000:]
+    assert added.std().item() == pytest.approx(NOISE, rel=0.1)  # 5 standard errors of 2,000 samples
+    assert torch.equal(task.draw(data, 3_000, 0).inputs, more.inputs)
+    assert not torch.equal(task.draw(data, 3_000, 1).inputs[1_000:], more.inputs[1_000:])
+
+
 def test_an_unknown_task_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(ValueError, match=r"task must be one of .*, got 'mnits'; did you mean mnist\?"):
         get("mnits")
