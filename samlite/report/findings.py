@@ -22,6 +22,7 @@ from samlite.sweep.grid import read_cells
 from samlite.sweep.run import finished
 from samlite.tasks.metrics import percent
 
+LISTED = 6  # intervals that are listed one by one; of more the signs are counted
 Status = Literal["supported", "in trend", "not seen", "mixed", "refuted"]
 
 
@@ -148,7 +149,7 @@ def _finding(parts: Mapping[str, Interval | None]) -> Finding:
         status = "mixed"
     else:
         status = "in trend" if up else "refuted" if down else "not seen"
-    if len(known) <= 4:
+    if len(known) <= LISTED:
         return Finding(status, "; ".join(known))
     return Finding(status, f"{up} of {len(known)} intervals above zero, {down} below")
 
