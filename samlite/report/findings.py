@@ -46,20 +46,14 @@ def growth(report: Report) -> Finding:
     return Finding(status, "; ".join([amount(slope, report.metric), *last]))
 
 
+def steeper(report: Report) -> Finding:
+    """The benefit grows faster under later conditions than under the first."""
+    return _finding(_beyond(report, at_the_end=False))
+
+
 def stronger(report: Report) -> Finding:
     """The benefit grows faster, and is larger at the largest width, under later conditions than under the first."""
-    first, *later = dict.fromkeys(tuple(row.condition.items()) for row in report.rows)
-    parts: dict[str, Interval | None] = {}
-    found = trends(report)
-    for condition in later:
-        where = described(condition)
-        for trend in found:
-            if tuple(trend.condition.items()) == condition and trend.quantity == IMPROVEMENT and trend.beyond:
-                parts[f"{where}: slope {amount(trend.beyond, report.metric)}"] = trend.beyond
-        more = _paired(_rows(report, condition), _rows(report, first))
-        if more:
-            parts[f"{where}: {_amount(more, report)} at the largest width"] = more
-    return _finding(parts)
+    return _finding(_beyond(report, at_the_end=True))
 
 
 def flatter(report: Report) -> Finding:
@@ -152,6 +146,21 @@ def _finding(parts: Mapping[str, Interval | None]) -> Finding:
     if len(known) <= LISTED:
         return Finding(status, "; ".join(known))
     return Finding(status, f"{up} of {len(known)} intervals above zero, {down} below")
+
+
+def _beyond(report: Report, at_the_end: bool) -> dict[str, Interval | None]:
+    """By how much the benefit's slope, and its end, are larger under later conditions than under the first."""
+    first, *later = dict.fromkeys(tuple(row.condition.items()) for row in report.rows)
+    parts: dict[str, Interval | None] = {}
+    found = trends(report)
+    for condition in later:
+        where = described(condition)
+        for trend in found:
+            if tuple(trend.condition.items()) == condition and trend.quantity == IMPROVEMENT and trend.beyond:
+                parts[f"{where}: slope {amount(trend.beyond, report.metric)}"] = trend.beyond
+        if at_the_end and (more := _paired(_rows(report, condition), _rows(report, first))):
+            parts[f"{where}: {_amount(more, report)} at the largest width"] = more
+    return parts
 
 
 def _is_gain(report: Report, condition: dict[str, float], quantity: str) -> bool:

@@ -71,15 +71,20 @@ def test_flatter_minima(sweep: Sweep, ratios: dict[int, float], flatter: str, wi
     assert findings.more_uniform(report).status == "not seen"  # which was not measured
 
 
-def test_a_condition_strengthens_the_benefit_by_its_slope_and_at_the_largest_width(sweep: Sweep) -> None:
-    for noise, rise in ((0.0, 0.01), (0.5, 0.04)):
+@pytest.mark.parametrize(("start", "stronger"), [(0.0, "supported"), (-0.1, "mixed")])  # as a whole it may be lower
+def test_a_condition_strengthens_the_benefit_by_its_slope_and_at_the_largest_width(
+    sweep: Sweep, start: float, stronger: str
+) -> None:
+    for noise, first, rise in ((0.0, 0.0, 0.01), (0.5, start, 0.04)):
         for width in (8, 64):
             for seed in range(3):
                 choices = {"width": width, "seed": seed, "label_noise": noise}
+                gain = first + rise * math.log10(width) + 0.0001 * (seed * width * noise)
                 sweep.add(0.5, optimizer="sgd", **choices)
-                sweep.add(0.5 + rise * math.log10(width) + 0.0001 * (seed * width * noise), optimizer="sam", **choices)
-    found = findings.stronger(summarize(sweep.folder))
-    assert found.status == "supported"
+                sweep.add(0.5 + gain, optimizer="sam", **choices)
+    report = summarize(sweep.folder)
+    found = findings.stronger(report)
+    assert found.status == stronger and findings.steeper(report).status == "supported"
     assert found.numbers.startswith("label noise 0.5: slope +3.") and "at the largest width" in found.numbers
 
 
