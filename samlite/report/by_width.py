@@ -171,9 +171,10 @@ def draw(report: Report, path: Path | str) -> None:
         if several_rhos:
             _draw_best_rho(panels["rho"], report)
         if len(_curves(report)) > 1:
-            # where every optimizer is drawn, if some was measured
-            drawn = (panels[name] for name in (*names, "improvement"))
-            next(panel for panel in drawn if panel.get_legend_handles_labels()[1]).legend(fontsize=9)
+            # of a panel where every optimizer is drawn, if some was measured
+            drawn = (panels[name].get_legend_handles_labels() for name in (*names, "improvement"))
+            handles, labels = next(found for found in drawn if found[1])
+            figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=min(4, len(labels)))
         for panel in panels.values():
             label_parameters(panel, sorted({row.parameters for row in report.rows}))
         figure.suptitle(f"{report.task}: SAM by width ({_seeds(outcomes)})")
@@ -220,14 +221,20 @@ def _draw_quantity(panel: "Axes", report: Report, name: str) -> None:
 
 
 def _draw_best_rho(panel: "Axes", report: Report) -> None:
-    """The rho selected on validation, where several were tried."""
-    for label, (color, outcomes) in _curves(report).items():
-        best = [(count, outcome.rho) for count, outcome in outcomes if len(outcome.validation) > 1 and outcome.rho]
-        draw_curve(panel, label, color, best, [])
+    """The rho selected on validation, where several were tried; curves that would coincide are drawn side by side."""
+    curves = {
+        (label, color): [(n, outcome.rho) for n, outcome in outcomes if len(outcome.validation) > 1 and outcome.rho]
+        for label, (color, outcomes) in _curves(report).items()
+    }
+    drawn = {name: points for name, points in curves.items() if points}
     tried = sorted({rho for outcome in report.outcomes for rho in outcome.validation if rho})
+    low, high = tried[0] / 1.3, tried[-1] * 1.3
+    for i, ((label, color), points) in enumerate(drawn.items()):
+        shift = (high / low) ** (0.015 * (i - (len(drawn) - 1) / 2))
+        draw_curve(panel, label, color, [(count, rho * shift) for count, rho in points], [])
     panel.set_yscale("log")
     panel.set_yticks(tried, [f"{rho:g}" for rho in tried])
-    panel.set_ylim(tried[0] / 1.3, tried[-1] * 1.3)
+    panel.set_ylim(low, high)
     panel.minorticks_off()
     panel.set_title(r"best $\rho$ on validation")
 
