@@ -5,7 +5,8 @@
 DATA is a folder with mnist, sst2, pos and molecules/tox21.csv.gz inside; FASHION in a sweep's options is where Debian's
 package dataset-fashion-mnist puts its files. NAMEs choose some of the experiments; with `none` no sweep is run. What is
 found of a finished one is kept in docs/results/NAME.json, so that the page can be made in several sittings, and made
-again without the runs. Those are in runs/results; delete a folder there to repeat a sweep.
+again without the runs. Those are in runs/results; delete a folder there to repeat a sweep. After a change of an
+experiment, what is kept of it is that of the sweeps before, and the page says so by their commands.
 """
 
 import json
@@ -26,11 +27,12 @@ from samlite.report.canvas import REFERENCE, draw_curve, draw_intervals, label_p
 from samlite.report.claims import CLAIMS
 from samlite.report.outcomes import Report
 from samlite.report.table import Table, interval
-from samlite.sweep.grid import SWEEP, read_cells
+from samlite.sweep.grid import read_cells
 from samlite.training.runs import RESULT, read_result
 
 TOOLS = Path(__file__).resolve().parent
 DOCS, RUNS = TOOLS.parent / "docs", TOOLS.parent / "runs" / "results"
+ASKED = "asked.json"  # in the folder of an experiment: the sweeps that were run there to their end
 FASHION = "/usr/share/datasets/fashion-mnist"
 
 
@@ -59,8 +61,9 @@ class Experiment:
         return DOCS / "results" / f"{self.name}.json"
 
     def finished(self) -> bool:
-        """Whether every run of its sweeps that were begun has ended."""
-        if not (self.folder / SWEEP).exists():
+        """Whether its folder holds these very sweeps, and every run has ended."""
+        asked = self.folder / ASKED
+        if not asked.exists() or json.loads(asked.read_text(encoding="utf-8")) != self.sweeps:
             return False
         return all((self.folder / cell.name / RESULT).exists() for cell in read_cells(self.folder))
 
@@ -87,11 +90,13 @@ def main() -> None:
 
 
 def _run(experiment: Experiment, data: Path) -> None:
-    began = time.monotonic()
+    began, ends = time.monotonic(), []
     for options in experiment.sweeps:
         arguments = options.replace("DATA", str(data)).replace("FASHION", FASHION).split()
         command = [sys.executable, "-m", "samlite.cli", "sweep", *arguments, "--out", str(experiment.folder)]
-        subprocess.run(command, stdout=subprocess.DEVNULL)  # the report tells what failed
+        ends.append(subprocess.run(command, stdout=subprocess.DEVNULL).returncode)
+    if all(end in (0, 1) for end in ends):  # 1: some run failed, or could not be measured
+        (experiment.folder / ASKED).write_text(json.dumps(experiment.sweeps, indent=1), encoding="utf-8")
     print(f"{experiment.name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
 
 
@@ -110,6 +115,7 @@ def _found(experiment: Experiment) -> dict[str, Any]:
     judged_by = {"linear": numbers.get("convergence"), "bounds": experiment.folder}
     return {
         "commands": experiment.commands(),
+        "note": experiment.note,
         "verdict": judge(numbers[judged]),
         "findings": {
             claim: asdict(getattr(findings, name)(judged_by.get(name, numbers["params"])))
@@ -191,7 +197,7 @@ def _anchor(title: str) -> str:
 
 
 def _section(experiment: Experiment, found: dict[str, Any]) -> str:
-    note = f" Setting: {experiment.note}." if experiment.note else ""
+    note = f" Setting: {found['note']}." if found["note"] else ""
     pictures = [f"![{experiment.title}](results/{experiment.name}.png)"]
     if experiment.paper:
         pictures.append(f"![{experiment.title}, beside the paper](results/{experiment.name}-paper.png)")
