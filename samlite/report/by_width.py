@@ -170,10 +170,10 @@ def draw(report: Report, path: Path | str) -> None:
             _draw_quantity(panels[name], report, name)
         if several_rhos:
             _draw_best_rho(panels["rho"], report)
-        if len(_curves(report)) > 1:
-            # of a panel where every optimizer is drawn, if some was measured
-            drawn = (panels[name].get_legend_handles_labels() for name in (*names, "improvement"))
-            handles, labels = next(found for found in drawn if found[1])
+        # of a panel where every optimizer is drawn, if some was measured
+        drawn = (panels[name].get_legend_handles_labels() for name in (*names, "improvement"))
+        handles, labels = next(found for found in drawn if found[1])
+        if len(labels) > 1:
             figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=min(4, len(labels)))
         for panel in panels.values():
             label_parameters(panel, sorted({row.parameters for row in report.rows}))

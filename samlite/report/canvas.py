@@ -98,6 +98,8 @@ def draw_curve(
     if band:
         counts, lows, highs = zip(*band, strict=True)
         panel.fill_between(counts, lows, highs, color=color, alpha=0.2, linewidth=0)
+        if len(band) == 1:  # of no width
+            panel.vlines(counts, lows, highs, color=color, alpha=0.5)
 
 
 def draw_intervals(
