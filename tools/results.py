@@ -22,6 +22,7 @@ from typing import Any
 import tomllib
 import torch
 
+from samlite.files import read_json, write_json
 from samlite.report import findings, verdicts
 from samlite.report.canvas import REFERENCE, draw_curve, draw_intervals, label_parameters, new_figure
 from samlite.report.claims import CLAIMS
@@ -63,7 +64,7 @@ class Experiment:
     def finished(self) -> bool:
         """Whether its folder holds these very sweeps, and every run has ended."""
         asked = self.folder / ASKED
-        if not asked.exists() or json.loads(asked.read_text(encoding="utf-8")) != self.sweeps:
+        if not asked.exists() or read_json(asked).get("sweeps") != self.sweeps:
             return False
         return all((self.folder / cell.name / RESULT).exists() for cell in read_cells(self.folder))
 
@@ -96,7 +97,7 @@ def _run(experiment: Experiment, data: Path) -> None:
         command = [sys.executable, "-m", "samlite.cli", "sweep", *arguments, "--out", str(experiment.folder)]
         ends.append(subprocess.run(command, stdout=subprocess.DEVNULL).returncode)
     if all(end in (0, 1) for end in ends):  # 1: some run failed, or could not be measured
-        (experiment.folder / ASKED).write_text(json.dumps(experiment.sweeps, indent=1), encoding="utf-8")
+        write_json(experiment.folder / ASKED, {"sweeps": experiment.sweeps})
     print(f"{experiment.name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
 
 

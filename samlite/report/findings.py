@@ -41,7 +41,7 @@ def growth(report: Report) -> Finding:
     if slope is None:
         return Finding("not seen", "; ".join(last) or "no baseline with the same seeds")
     status = _finding({"": slope}).status
-    if status == "supported" and not all(gain and gain.positive for gain in last.values()):
+    if status == "supported" and not all(gain.positive for gain in last.values()):
         status = "in trend"
     return Finding(status, "; ".join([amount(slope, report.metric), *last]))
 
@@ -76,7 +76,7 @@ def no_benefit(report: Report) -> Finding:
     """SAM has no benefit at any width: supported where none is seen, refuted where every width has one."""
     gains = _gain(_rows(report), report)
     found = _finding(gains)
-    if all(gain is None or gain.half_width is None for gain in gains.values()):
+    if all(gain.half_width is None for gain in gains.values()):
         return found
     turned: dict[Status, Status] = {"supported": "refuted", "in trend": "mixed", "mixed": "mixed"}
     return Finding(turned.get(found.status, "supported"), found.numbers)
@@ -173,7 +173,7 @@ def _rows(report: Report, condition: Sequence[tuple[str, float]] | None = None) 
     return [row for row in report.rows if row.condition == wanted]
 
 
-def _gain(rows: Sequence[Row], report: Report) -> dict[str, Interval | None]:
+def _gain(rows: Sequence[Row], report: Report) -> dict[str, Interval]:
     """The improvement at each width."""
     gains = {row.width: row.sam.improvement for row in rows if row.sam}
     return {f"{_amount(gain, report)} at width {width}": gain for width, gain in gains.items() if gain}
