@@ -92,10 +92,12 @@ def main() -> None:
 
 def _run(experiment: Experiment, data: Path) -> None:
     began, ends = time.monotonic(), []
+    experiment.folder.mkdir(parents=True, exist_ok=True)
     for options in experiment.sweeps:
         arguments = options.replace("DATA", str(data)).replace("FASHION", FASHION).split()
         command = [sys.executable, "-m", "samlite.cli", "sweep", *arguments, "--out", str(experiment.folder)]
-        ends.append(subprocess.run(command, stdout=subprocess.DEVNULL).returncode)
+        # Not from the root, whose samlite/ would hide an installed one.
+        ends.append(subprocess.run(command, stdout=subprocess.DEVNULL, cwd=experiment.folder).returncode)
     if all(end in (0, 1) for end in ends):  # 1: some run failed, or could not be measured
         write_json(experiment.folder / ASKED, {"sweeps": experiment.sweeps})
     print(f"{experiment.name}: {time.monotonic() - began:.0f} s", file=sys.stderr)

@@ -17,7 +17,7 @@ from samlite.report.convergence import STRAIGHT, Convergence
 from samlite.report.groups import described
 from samlite.report.outcomes import Report, Row, quantities
 from samlite.report.table import interval
-from samlite.report.trends import IMPROVEMENT, amount, trends
+from samlite.report.trends import IMPROVEMENT, amount, of_sam, trends
 from samlite.sweep.grid import read_cells
 from samlite.sweep.run import finished
 from samlite.tasks.metrics import percent
@@ -36,7 +36,9 @@ class Finding:
 
 def growth(report: Report) -> Finding:
     """SAM's benefit grows with width: its slope says so; in trend alone where it is not there at the largest width."""
-    slope = next((each.slope for each in trends(report) if _is_gain(report, each.condition, each.quantity)), None)
+    first = report.rows[0].condition
+    gains = of_sam(trends(report), IMPROVEMENT)
+    slope = next((trend.slope for trend in gains if trend.condition == first), None)
     last = _gain(_rows(report)[-1:], report)
     if slope is None:
         return Finding("not seen", "; ".join(last) or "no baseline with the same seeds")
@@ -68,7 +70,7 @@ def more_uniform(report: Report) -> Finding:
 
 def flatter_with_width(report: Report) -> Finding:
     """SAM's minima are the flatter beside its base's the wider the network is."""
-    slopes = [each.slope for each in trends(report) if each.quantity == "a"]
+    slopes = [trend.slope for trend in of_sam(trends(report), "a")]
     return _finding({f"ln a {amount(slope, None)}": _negative(slope) for slope in slopes})
 
 
@@ -152,19 +154,15 @@ def _beyond(report: Report, at_the_end: bool) -> dict[str, Interval | None]:
     """By how much the benefit's slope, and its end, are larger under later conditions than under the first."""
     first, *later = dict.fromkeys(tuple(row.condition.items()) for row in report.rows)
     parts: dict[str, Interval | None] = {}
-    found = trends(report)
+    gains = of_sam(trends(report), IMPROVEMENT)
     for condition in later:
         where = described(condition)
-        for trend in found:
-            if tuple(trend.condition.items()) == condition and trend.quantity == IMPROVEMENT and trend.beyond:
+        for trend in gains:
+            if tuple(trend.condition.items()) == condition and trend.beyond:
                 parts[f"{where}: slope {amount(trend.beyond, report.metric)}"] = trend.beyond
         if at_the_end and (more := _paired(_rows(report, condition), _rows(report, first))):
             parts[f"{where}: {_amount(more, report)} at the largest width"] = more
     return parts
-
-
-def _is_gain(report: Report, condition: dict[str, float], quantity: str) -> bool:
-    return quantity == IMPROVEMENT and condition == report.rows[0].condition
 
 
 def _rows(report: Report, condition: Sequence[tuple[str, float]] | None = None) -> list[Row]:

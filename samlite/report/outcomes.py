@@ -57,6 +57,11 @@ class Outcome:
     ratios: dict[str, dict[int, float]]  # ln of "a" and "s_k" over those of the base optimizer by seed, for SAM
 
 
+def is_sam(label: str) -> bool:
+    """Whether this is SAM itself, in whatever form: sam-adaptive, but not sampa."""
+    return label.split("-")[0] == "sam"
+
+
 @dataclass(frozen=True)
 class Row:
     width: int
@@ -67,7 +72,7 @@ class Row:
     @property
     def sam(self) -> Outcome | None:
         """That of SAM itself, in whatever form."""
-        return next((each for name, each in self.optimizers.items() if name.split("-")[0] == "sam"), None)
+        return next((each for label, each in self.optimizers.items() if is_sam(label)), None)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from samlite.intervals import Interval, paired
 from samlite.report.groups import described
-from samlite.report.outcomes import Report, Row
+from samlite.report.outcomes import Report, Row, is_sam
 from samlite.report.table import Table, interval
 from samlite.tasks.metrics import percent
 
@@ -59,6 +59,11 @@ def trends(report: Report) -> list[Trend]:
             beyond = None if start is by_seed else paired(by_seed, start)
             found.append(Trend(dict(condition), optimizer, quantity, slope, beyond))
     return found
+
+
+def of_sam(found: Sequence[Trend], quantity: str) -> list[Trend]:
+    """Those of a quantity of SAM itself, a condition each."""
+    return [trend for trend in found if is_sam(trend.optimizer) and trend.quantity == quantity]
 
 
 def _slopes(rows: Sequence[Row]) -> list[tuple[str, str, dict[int, float]]]:

@@ -10,7 +10,7 @@ from samlite.intervals import Interval, paired
 from samlite.report.groups import described
 from samlite.report.outcomes import Outcome, Report, Row
 from samlite.report.table import digits
-from samlite.report.trends import IMPROVEMENT, Trend, amount, trends
+from samlite.report.trends import IMPROVEMENT, Trend, amount, of_sam, trends
 from samlite.tasks.metrics import percent
 
 QUANTITIES = ("a", "s_2", "s_3", "s_4")
@@ -43,8 +43,7 @@ def _benefit(report: Report, condition: dict[str, float], found: Sequence[Trend]
     effect = f"SAM is {' and '.join(said)}" if said else _no_difference(gains, report.metric)
     if len(outcomes) < 2:
         return prefix + effect
-    own = (each for each in found if each.condition == condition and each.optimizer.split("-")[0] == "sam")
-    slope = next((each.slope for each in own if each.quantity == IMPROVEMENT), None)
+    slope = next((trend.slope for trend in of_sam(found, IMPROVEMENT) if trend.condition == condition), None)
     return f"{prefix}{effect}; {_growth(slope, gains[max(gains)], report.metric)}"
 
 
@@ -95,8 +94,8 @@ def _minima(report: Report) -> list[str]:
 def _beyond(report: Report, found: Sequence[Trend]) -> list[str]:
     """Whether the benefit grows faster with width under later conditions than under the first one."""
     said = []
-    for trend in found:
-        if trend.quantity != IMPROVEMENT or trend.beyond is None or trend.beyond.half_width is None:
+    for trend in of_sam(found, IMPROVEMENT):
+        if trend.beyond is None or trend.beyond.half_width is None:
             continue
         change = "faster" if trend.beyond.positive else "slower" if trend.beyond.negative else "no faster"
         text = f"Under {described(trend.condition.items())} it grows {change} than under the first condition"

@@ -46,6 +46,14 @@ def test_growth_and_absence(
     assert findings.no_benefit(report).status == absence
 
 
+def test_growth_is_that_of_sam_and_not_of_another_variant(sweep: Sweep) -> None:
+    for width, gain in ((8, 0.0), (64, 0.03)):
+        for seed in range(3):
+            for optimizer, metric in (("sgd", 0.5), ("friendly", 0.5 - gain), ("sam", 0.5 + gain + 0.001 * seed)):
+                sweep.add(metric, optimizer=optimizer, width=width, seed=seed)
+    assert findings.growth(summarize(sweep.folder)).status == "supported"
+
+
 def test_the_numbers_of_a_finding_say_what_could_have_been_seen(sweep: Sweep) -> None:
     report = made(sweep, {8: ZERO, 64: ZERO})
     assert findings.growth(report).numbers.endswith("points per tenfold parameters; +0.00 ± 0.25 points at width 64")
