@@ -35,17 +35,16 @@ class Finding:
 
 
 def growth(report: Report) -> Finding:
-    """SAM's benefit grows with width: its slope says so; in trend alone where it is not there at the largest width."""
-    first = report.rows[0].condition
-    gains = of_sam(trends(report), IMPROVEMENT)
-    slope = next((trend.slope for trend in gains if trend.condition == first), None)
-    last = _gain(_rows(report)[-1:], report)
-    if slope is None:
-        return Finding("not seen", "; ".join(last) or "no baseline with the same seeds")
-    status = _finding({"": slope}).status
-    if status == "supported" and not all(gain.positive for gain in last.values()):
-        status = "in trend"
-    return Finding(status, "; ".join([amount(slope, report.metric), *last]))
+    """SAM's benefit grows with width: its slope says so; in trend alone where it is not there at the largest width.
+
+    Of several conditions the first counts.
+    """
+    return _growth(report, report.conditions[0])
+
+
+def last_growth(report: Report) -> Finding:
+    """As `growth`, under the last condition: where there is most regularisation."""
+    return _growth(report, report.conditions[-1])
 
 
 def steeper(report: Report) -> Finding:
@@ -134,6 +133,19 @@ def _within(minimum: Mapping[str, float], lr: float, rho: float) -> bool:
     return a * (1 + rho * a) <= 2 / lr and all(minimum.get(name, 0.0) <= bound for name, bound in most.items())
 
 
+def _growth(report: Report, condition: dict[str, float]) -> Finding:
+    gains = of_sam(trends(report), IMPROVEMENT)
+    slope = next((trend.slope for trend in gains if trend.condition == condition), None)
+    last = _gain(_rows(report, condition)[-1:], report)
+    numbers = [amount(slope, report.metric)] if slope else []
+    text = "; ".join([*numbers, *last]) or "no baseline with the same seeds"
+    where = described(condition.items())
+    status = _finding({"": slope}).status
+    if status == "supported" and not all(gain.positive for gain in last.values()):
+        status = "in trend"
+    return Finding(status, f"{where}: {text}" if where else text)
+
+
 def _finding(parts: Mapping[str, Interval | None]) -> Finding:
     known = {text: part for text, part in parts.items() if part and part.half_width is not None}
     up, down = (sum(getattr(part, sign) for part in known.values()) for sign in ("positive", "negative"))
@@ -152,22 +164,22 @@ def _finding(parts: Mapping[str, Interval | None]) -> Finding:
 
 def _beyond(report: Report, at_the_end: bool) -> dict[str, Interval | None]:
     """By how much the benefit's slope, and its end, are larger under later conditions than under the first."""
-    first, *later = dict.fromkeys(tuple(row.condition.items()) for row in report.rows)
-    parts: dict[str, Interval | None] = {}
+    first, *later = report.conditions
     gains = of_sam(trends(report), IMPROVEMENT)
+    parts: dict[str, Interval | None] = {}
     for condition in later:
-        where = described(condition)
+        where = described(condition.items())
         for trend in gains:
-            if tuple(trend.condition.items()) == condition and trend.beyond:
+            if trend.condition == condition and trend.beyond:
                 parts[f"{where}: slope {amount(trend.beyond, report.metric)}"] = trend.beyond
         if at_the_end and (more := _paired(_rows(report, condition), _rows(report, first))):
             parts[f"{where}: {_amount(more, report)} at the largest width"] = more
     return parts
 
 
-def _rows(report: Report, condition: Sequence[tuple[str, float]] | None = None) -> list[Row]:
+def _rows(report: Report, condition: dict[str, float] | None = None) -> list[Row]:
     """The rows of a condition, by default of the first, by growing width."""
-    wanted = dict(condition) if condition is not None else report.rows[0].condition
+    wanted = report.conditions[0] if condition is None else condition
     return [row for row in report.rows if row.condition == wanted]
 
 

@@ -92,6 +92,11 @@ class Report:
         """Those of all rows."""
         return [outcome for row in self.rows for outcome in row.optimizers.values()]
 
+    @property
+    def conditions(self) -> list[dict[str, float]]:
+        """Those of the rows, each once."""
+        return [dict(each) for each in dict.fromkeys(tuple(row.condition.items()) for row in self.rows)]
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

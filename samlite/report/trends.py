@@ -47,17 +47,16 @@ def slopes(points: Mapping[float, Mapping[int, float]]) -> dict[int, float]:
 
 def trends(report: Report) -> list[Trend]:
     """The slopes of every SAM that has a base optimizer, where there are several widths."""
-    conditions = list(dict.fromkeys(tuple(row.condition.items()) for row in report.rows))
     found, first = [], dict[tuple[str, str], dict[int, float]]()
-    for condition in conditions:
-        rows = [row for row in report.rows if tuple(row.condition.items()) == condition]
+    for condition in report.conditions:
+        rows = [row for row in report.rows if row.condition == condition]
         for optimizer, quantity, by_seed in _slopes(rows):
             slope = Interval.of(by_seed.values())
             if slope is None:
                 continue
             start = first.setdefault((optimizer, quantity), by_seed)
             beyond = None if start is by_seed else paired(by_seed, start)
-            found.append(Trend(dict(condition), optimizer, quantity, slope, beyond))
+            found.append(Trend(condition, optimizer, quantity, slope, beyond))
     return found
 
 

@@ -18,9 +18,8 @@ QUANTITIES = ("a", "s_2", "s_3", "s_4")
 
 def benefit(report: Report) -> str:
     """Whether SAM's benefit grows with width, in every condition, and where its minima are flatter and more uniform."""
-    conditions = dict.fromkeys(tuple(row.condition.items()) for row in report.rows)
     found = trends(report)
-    sentences = [_benefit(report, dict(condition), found) for condition in conditions]
+    sentences = [_benefit(report, condition, found) for condition in report.conditions]
     first, *later = sentences
     later = [f"{sentence[0].upper()}{sentence[1:]}" for sentence in later]
     return ". ".join([first, *later, *_beyond(report, found), *_minima(report), *_trends_of_minima(found)])

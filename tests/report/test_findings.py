@@ -94,6 +94,8 @@ def test_a_condition_strengthens_the_benefit_by_its_slope_and_at_the_largest_wid
     found = findings.stronger(report)
     assert found.status == stronger and findings.steeper(report).status == "supported"
     assert found.numbers.startswith("label noise 0.5: slope +3.") and "at the largest width" in found.numbers
+    assert findings.growth(report).numbers.startswith("label noise 0: +1.000 ")
+    assert findings.last_growth(report).numbers.startswith("label noise 0.5: +4.")
 
 
 def test_the_fit_of_convergence_ends_at_the_floor() -> None:
