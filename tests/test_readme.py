@@ -98,3 +98,12 @@ def test_the_demo_runs(tmp_path: Path) -> None:
             done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "digits.png").stat().st_size > 10_000
+
+
+def test_the_house_in_contributing_has_a_place_for_every_file() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The house")[1].split("## Rules")[0]
+    by_rule = {"tasks", "data", "models"}  # a file a workload
+    files = [path for path in (ROOT / "samlite").rglob("*.py") if path.parent.name not in by_rule]
+    names = {path.stem for path in [*files, *(ROOT / "cpp").iterdir()] if not path.stem.startswith("__")}
+    assert len(names) > 80
+    assert not [name for name in sorted(names) if not re.search(rf"`{name}`|/{name}\.py`", table)]
