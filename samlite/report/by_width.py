@@ -239,12 +239,19 @@ def _draw_best_rho(panel: "Axes", report: Report) -> None:
     panel.set_title(r"best $\rho$ on validation")
 
 
-def _curves(report: Report) -> dict[str, tuple[str, list[tuple[int, Outcome]]]]:
-    """For each optimizer and condition its color, the same in every panel, and its outcomes by parameters."""
-    curves: dict[str, list[tuple[int, Outcome]]] = {}
+def _curves(report: Report) -> dict[str, tuple[str, list[tuple[float, Outcome]]]]:
+    """For each optimizer and condition its color, the same in every panel, and its outcomes by parameters.
+
+    Those of a single number of parameters stand side by side.
+    """
+    curves: dict[str, list[tuple[float, Outcome]]] = {}
     for row in report.rows:
         for name, outcome in row.optimizers.items():
             optimizer = name.upper() if name in ("sgd", "sam") else name
             label = ", ".join(part for part in (optimizer, described(row.condition.items())) if part)
             curves.setdefault(label, []).append((row.parameters, outcome))
+    if len({row.parameters for row in report.rows}) == 1:
+        middle = (len(curves) - 1) / 2
+        for i, (label, points) in enumerate(curves.items()):
+            curves[label] = [(count * 1.06 ** (i - middle), outcome) for count, outcome in points]
     return {label: (color, curves[label]) for label, color in colors(list(curves)).items()}

@@ -90,7 +90,11 @@ def colors(labels: Sequence[str]) -> dict[str, str]:
 
 
 def draw_curve(
-    panel: "Axes", label: str, color: str, means: list[tuple[int, float]], band: list[tuple[int, float, float]]
+    panel: "Axes",
+    label: str,
+    color: str,
+    means: Sequence[tuple[float, float]],
+    band: Sequence[tuple[float, float, float]],
 ) -> None:
     """A curve through (parameters, mean), and a band of (parameters, low, high) where there are intervals."""
     if means:
@@ -103,7 +107,7 @@ def draw_curve(
 
 
 def draw_intervals(
-    panel: "Axes", label: str, color: str, values: Sequence[tuple[int, Interval | None]], scale: float = 1
+    panel: "Axes", label: str, color: str, values: Sequence[tuple[float, Interval | None]], scale: float = 1
 ) -> None:
     """The curve of (parameters, interval), scaled; None is left out."""
     known = [(count, scale * value.mean, value.half_width) for count, value in values if value]
