@@ -1,6 +1,6 @@
-"""Ground truth that several tests compare with: dense matrices by autograd, a row or a column at a time."""
+"""Ground truth that several tests compare with: dense matrices by autograd."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def dense_hessian(model: nn.Module, loss: Callable[[Any], Tensor], names: list[str] | None = None) -> Tensor:
-    """The Hessian of loss(model) by the named parameters, column by column in float64."""
+    """The Hessian of loss(model) by the named parameters, by autograd in the dtype of those."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad and (names is None or n in names)}
     shapes = {n: p.shape for n, p in parameters.items()}
-    flat = torch.cat([p.detach().reshape(-1) for p in parameters.values()])
+    flat = torch.cat([p.detach().reshape(-1) for p in parameters.values()]).requires_grad_()
 
     def value(w: Tensor) -> Tensor:
         pieces = w.split([shape.numel() for shape in shapes.values()])
@@ -23,8 +23,8 @@ def dense_hessian(model: nn.Module, loss: Callable[[Any], Tensor], names: list[s
 
     # outer products of fused attention have no second derivative
     with sdpa_kernel(SDPBackend.MATH):
-        hessian: Tensor = torch.autograd.functional.hessian(value, flat)
-    return hessian
+        (gradient,) = torch.autograd.grad(value(flat), flat, create_graph=True, materialize_grads=True)
+        return _jacobian(gradient, [flat])
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -33,24 +33,33 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def dense_hessians(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """(n, p, p) per-sample Hessians, a row at a time by autograd."""
+    """(n, p, p) per-sample Hessians, by autograd."""
     params = list(model.parameters())
-
-    def flattened(parts: tuple[Tensor | None, ...]) -> Tensor:
-        filled = [torch.zeros_like(p) if part is None else part for part, p in zip(parts, params, strict=True)]
-        return torch.cat([part.reshape(-1) for part in filled])
-
     hessians = []
     with sdpa_kernel(SDPBackend.MATH), mock.patch("torch._weight_norm", _weight_norm):
         for i in range(len(x)):
             loss = criterion(model(x[i : i + 1]), y[i : i + 1])
-            gradient = flattened(torch.autograd.grad(loss, params, create_graph=True, allow_unused=True))
-            hessians.append(
-                torch.stack(
-                    [flattened(torch.autograd.grad(g, params, retain_graph=True, allow_unused=True)) for g in gradient]
-                )
-            )
+            parts = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
+            hessians.append(_jacobian(torch.cat([part.reshape(-1) for part in parts]), params))
     return torch.stack(hessians)
+
+
+def _jacobian(values: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """(m, p), all rows at once, or one by one where torch cannot vectorise a derivative, as of conv3d."""
+    if not values.requires_grad:
+        return values.new_zeros(len(values), sum(p.numel() for p in params))
+
+    def pulled_back(cotangents: Tensor, batched: bool) -> Tensor:
+        parts = torch.autograd.grad(
+            values, params, cotangents, retain_graph=True, materialize_grads=True, is_grads_batched=batched
+        )
+        return torch.cat([part.reshape(*cotangents.shape[:-1], -1) for part in parts], -1)
+
+    every = torch.eye(len(values), dtype=values.dtype)
+    try:
+        return pulled_back(every, True)
+    except RuntimeError:
+        return torch.stack([pulled_back(row, False) for row in every])
 
 
 def dense_gauss_newton(model: nn.Module, x: Tensor) -> Tensor:

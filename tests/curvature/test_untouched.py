@@ -101,17 +101,21 @@ def everything(h: Hessian) -> list[float]:
     ]
 
 
+@pytest.fixture(scope="module")
+def outside() -> list[float]:
+    return everything(Hessian(network(), CE, samples(), curvature="ggn"))
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_a_measurement_inside_a_mode_is_the_one_outside(mode: str) -> None:
+def test_a_measurement_inside_a_mode_is_the_one_outside(mode: str, outside: list[float]) -> None:
     model, data = network(), samples()
-    outside = everything(Hessian(model, CE, data, curvature="ggn"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # anomaly mode says that it is on
         with MODES[mode]():
             h = Hessian(model, CE, data, curvature="ggn")
             inside = everything(h)
     assert inside == pytest.approx(outside, rel=1e-6, nan_ok=True)
-    assert everything(h) == pytest.approx(outside, rel=1e-6, nan_ok=True)  # the same object outside again
+    assert h.eigenvalues(2, tol=1e-9).values.tolist() == pytest.approx(outside[:2])  # the same object outside again
 
 
 @pytest.mark.parametrize("watch", [lambda: FlopCounterMode(display=False), torch.autograd.profiler.profile])

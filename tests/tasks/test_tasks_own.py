@@ -1,13 +1,14 @@
 """Tasks of the user's own: a network by width, splits and a loss, trained and swept like the others."""
 
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Result
 from torch import nn
 
 from samlite import UsageError, tasks, training
@@ -109,20 +110,15 @@ def test_noise_moves_labels_among_the_classes_that_the_data_have(place: Path) ->
         Config.of(name_of("own_nets:regressor", "own_nets:three", "mse"), label_noise=0.5)
 
 
-def samlite(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "samlite.cli", *arguments]
-    return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=180)
-
-
-def test_it_is_swept_reported_and_measured_from_the_terminal(place: Path) -> None:
+def test_it_is_swept_reported_and_measured_from_the_terminal(place: Path, cli: Callable[..., Result]) -> None:
     own = ["--model", "own_nets:mlp", "--data", "own_nets:splits"]
-    sweep = samlite(place, "sweep", *own, "--widths", "4,8", "--seeds", "2", "--epochs", "2", "--json")
-    assert sweep.returncode == 0, sweep.stderr
-    report = json.loads(sweep.stdout)
+    sweep = cli("sweep", *own, "--widths", "4", "--seeds", "1", "--epochs", "2", "--json")
+    assert sweep.status == 0, sweep.err
+    report = json.loads(sweep.out)
     assert report["task"] == "own_nets:mlp on own_nets:splits by cross_entropy" and report["metric"] == "accuracy"
     folder = "runs/own_nets-mlp-on-own_nets-splits-by-cross_entropy"
-    assert samlite(place, "report", folder).returncode == 0
-    assert samlite(place, "sharpness", f"{folder}/sgd-w4-s0", "--top", "1").returncode == 0
+    assert cli("report", folder).status == 0
+    assert cli("sharpness", f"{folder}/sgd-w4-s0", "--top", "1").status == 0
 
 
 @pytest.mark.parametrize(
@@ -141,10 +137,10 @@ def test_it_is_swept_reported_and_measured_from_the_terminal(place: Path) -> Non
         ("sweep --model own_nets:mlp --widths 4", "--model needs --data"),
     ],
 )
-def test_what_cannot_be_gets_one_line(place: Path, arguments: str, message: str) -> None:
-    found = samlite(place, *arguments.split())
-    assert found.returncode == 2 and len(found.stderr.strip().splitlines()) == 1, found.stderr
-    assert message in found.stderr
+def test_what_cannot_be_gets_one_line(place: Path, cli: Callable[..., Result], arguments: str, message: str) -> None:
+    found = cli(*arguments.split())
+    assert found.status == 2 and len(found.err.strip().splitlines()) == 1, found.err
+    assert message in found.err
 
 
 def test_a_factory_must_return_a_module(place: Path) -> None:
