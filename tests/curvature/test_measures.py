@@ -191,7 +191,7 @@ def test_critical_sharpness_of_a_quadratic_is_its_directional_sharpness(lr):
     assert abs(critical.value - right) <= critical.error <= right / 16 and critical.kind == "bound"
 
 
-@pytest.mark.parametrize("runs", [4, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [2, pytest.param(200, marks=pytest.mark.slow)])
 def test_batch_sharpness_covers_the_mean_over_all_batches(runs):
     model, (x, y) = network(), samples(6)
     h = Hessian(model, CRITERION, (x, y))
@@ -287,7 +287,7 @@ def test_adaptive_steps_are_relative_to_the_weights():
     assert abs(found["average-adaptive"].value - mean) <= 3 * found["average-adaptive"].error
 
 
-@pytest.mark.parametrize("runs", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_average_case_covers_a_quadratics_mean_in_95_percent(runs):
     inside = 0
     _, h = bowl((5.0, 0.1, 0.1, 0.05))

@@ -20,7 +20,7 @@ pytest.importorskip("sklearn")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """At width 192 every run interpolates, at 8 none does."""
     folder = tmp_path_factory.mktemp("sweep")
-    recipe = {"epochs": 40, "rho": 0.02, "batch_size": 16}
+    recipe = {"epochs": 40, "rho": 0.02, "batch_size": 64, "lr": 0.1, "schedule": "constant"}
     cells = sweep.grid("digits", [8, 192], seeds=2, recipe=recipe, device="cpu")
     write_json(folder / "sweep.json", {"cells": [cell.to_json() for cell in cells]})
     for cell in cells:  # in this process, to save time

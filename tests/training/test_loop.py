@@ -240,14 +240,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     if "track" in choices:
         pytest.importorskip("samlite._C")
     monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
-    config = digits(width=16, epochs=8, **choices)
+    config = digits(width=16, epochs=5, **choices)
     list(train(config, tmp_path / "whole"))
-    for stop in (1, 2, 3):
+    for stop in (1, 2):
         stopped = train(config, tmp_path / "parts")
         for _ in range(stop):
             next(stopped)
         stopped.close()
-    assert len(metrics(tmp_path / "parts")) == 6
+    assert len(metrics(tmp_path / "parts")) == 3
     list(train(config, tmp_path / "parts"))
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
