@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Experiment:
     claims: tuple[str, ...] = ("params",)  # whose tables are shown
     figure: str = "params"  # the claim whose figure is shown
     note: str = ""  # where this differs from the paper's setting
+    data: str = ""  # what the data are called, where that is not the name of the task
     paper: dict[str, list[float]] = field(default_factory=dict)  # its points: parameters and improvements
 
     @property
@@ -108,6 +109,8 @@ def _found(experiment: Experiment) -> dict[str, Any]:
     judged = experiment.verdict if experiment.verdict in CLAIMS else "params"
     views = {*experiment.claims, experiment.figure, judged}
     numbers = {view: CLAIMS[view].measure(experiment.folder) for view in views}
+    if experiment.data:
+        numbers["params"] = replace(numbers["params"], task=experiment.data)
     tables = [table for view in experiment.claims for table in CLAIMS[view].tables(numbers[view])]
     CLAIMS[experiment.figure].draw(numbers[experiment.figure], experiment.found.with_suffix(".png"))
     if experiment.paper:
