@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009), from the Hugging Face hub, a folder of parquet files, or class folders."""
+"""CIFAR-10 (Krizhevsky 2009), from the Hugging Face hub, a folder of parquet files, class folders or its own batches."""
 
 from functools import partial
 
@@ -28,7 +28,8 @@ TASK = Classification(
     name="cifar10",
     summary="32×32 photographs of 10 kinds",
     network="ResNet-18, w filters in the first stage",
-    data="CIFAR-10 from the hub or a folder of parquet files: 45,000 training, 5,000 validation, 10,000 test",
+    data="CIFAR-10 from the hub, or a folder of parquet files or of cifar-10-batches-py: 45,000 training, 5,000 "
+    "validation, 10,000 test",
     model=partial(resnet18, mean=MEAN, std=STD, outputs=10),
     load=load,
     loss=nn.CrossEntropyLoss(),

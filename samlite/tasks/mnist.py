@@ -1,4 +1,4 @@
-"""MNIST (LeCun, Cortes, Burges 1998), from the Hugging Face hub, a folder of parquet files, or class folders."""
+"""MNIST (LeCun, Cortes, Burges 1998), from the Hugging Face hub, parquet files, class folders or IDX files."""
 
 from dataclasses import replace
 from functools import partial
