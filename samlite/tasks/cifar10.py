@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009), from the Hugging Face hub, a folder of parquet files, class folders or its own batches."""
+"""CIFAR-10 (Krizhevsky 2009), from the Hugging Face hub, parquet files, class folders or its own batches."""
 
 from functools import partial
 
