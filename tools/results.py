@@ -168,7 +168,7 @@ def _head(kept: list[dict[str, Any]]) -> str:
 
 What `samlite sweep` finds of the claims of *Critical Influence of Overparameterization on Sharpness-aware Minimization*
 (arXiv 2311.17539) on a laptop. `python tools/results.py DATA` makes this page, tables and sentences included; nothing
-in it is written by hand after a run. Every ± and every band is a 95 % Student-t interval over seeds, every comparison
+in it but the notes on settings is written by hand. Every ± and every band is a 95 % Student-t interval over seeds, every comparison
 is paired by seed, and nothing corrects for their number. SAM's radius is chosen on validation at each width and
 condition where several were tried; test data choose nothing. In the commands DATA is a folder with the data sets, and
 FASHION that of Debian's package dataset-fashion-mnist.
