@@ -168,10 +168,10 @@ def _head(kept: list[dict[str, Any]]) -> str:
 
 What `samlite sweep` finds of the claims of *Critical Influence of Overparameterization on Sharpness-aware Minimization*
 (arXiv 2311.17539) on a laptop. `python tools/results.py DATA` makes this page, tables and sentences included; nothing
-in it but the notes on settings is written by hand. Every ± and every band is a 95 % Student-t interval over seeds, every comparison
-is paired by seed, and nothing corrects for their number. SAM's radius is chosen on validation at each width and
-condition where several were tried; test data choose nothing. In the commands DATA is a folder with the data sets, and
-FASHION that of Debian's package dataset-fashion-mnist.
+in it but the notes on settings is written by hand. Every ± and every band is a 95 % Student-t interval over seeds,
+every comparison is paired by seed, and nothing corrects for their number. SAM's radius is chosen on validation at each
+width and condition where several were tried; test data choose nothing. In the commands DATA is a folder with the data
+sets, and FASHION that of Debian's package dataset-fashion-mnist.
 
 {runs:,} runs trained for {minutes:.0f} minutes of a core, the longest for {max(each["longest"] for each in kept)} s, on
 {made}."""
