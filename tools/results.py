@@ -2,10 +2,10 @@
 
     python tools/results.py DATA [NAME ...]
 
-DATA is a folder with mnist, sst2, pos and molecules/tox21.csv.gz inside; FASHION in a sweep's options is where Debian's
-package dataset-fashion-mnist puts its files. NAMEs choose some of the experiments; with `none` no sweep is run. What is
-found of a finished one is kept in docs/results/NAME.json, so that the page can be made in several sittings, and made
-again without the runs. Those are in runs/results; delete a folder there to repeat a sweep. After a change of an
+DATA is a folder with mnist, cifar10, sst2, pos and molecules/tox21.csv.gz inside; FASHION in a sweep's options is where
+Debian's package dataset-fashion-mnist puts its files. NAMEs choose some of the experiments; `none` runs no sweep.
+What is found of a finished one is kept in docs/results/NAME.json, so that the page can be made in several sittings, and
+made again without the runs. Those are in runs/results; delete a folder there to repeat a sweep. After a change of an
 experiment, what is kept of it is that of the sweeps before, and the page says so by their commands.
 """
 
