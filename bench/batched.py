@@ -24,7 +24,9 @@ def seconds(width: int, seeds: int, epochs: int, *more: str) -> float:
         options = ["--widths", width, "--seeds", seeds, "--epochs", epochs, "--rhos", "0.01,0.02,0.05,0.1,0.2"]
         command = [sys.executable, "-m", "samlite.cli", "sweep", "synthetic", *map(str, options), "--measure", "none"]
         start = time.perf_counter()
-        subprocess.run([*command, "--out", str(Path(folder) / "sweep"), *more], check=True, capture_output=True)
+        command += ["--out", str(Path(folder) / "sweep"), *more]
+        # Not from the root, whose samlite/ would hide an installed one.
+        subprocess.run(command, check=True, capture_output=True, cwd=folder)
         return time.perf_counter() - start
 
 

@@ -17,7 +17,7 @@ from samlite.report.convergence import STRAIGHT, Convergence
 from samlite.report.groups import described
 from samlite.report.outcomes import Report, Row, quantities
 from samlite.report.table import interval
-from samlite.report.trends import IMPROVEMENT, amount, of_sam, trends
+from samlite.report.trends import IMPROVEMENT, amount, growth_of_sam, of_sam, trends
 from samlite.sweep.grid import read_cells
 from samlite.sweep.run import finished
 from samlite.tasks.metrics import percent
@@ -134,8 +134,7 @@ def _within(minimum: Mapping[str, float], lr: float, rho: float) -> bool:
 
 
 def _growth(report: Report, condition: dict[str, float]) -> Finding:
-    gains = of_sam(trends(report), IMPROVEMENT)
-    slope = next((trend.slope for trend in gains if trend.condition == condition), None)
+    slope = growth_of_sam(trends(report), condition)
     last = _gain(_rows(report, condition)[-1:], report)
     numbers = [amount(slope, report.metric)] if slope else []
     text = "; ".join([*numbers, *last]) or "no baseline with the same seeds"

@@ -65,6 +65,11 @@ def of_sam(found: Sequence[Trend], quantity: str) -> list[Trend]:
     return [trend for trend in found if is_sam(trend.optimizer) and trend.quantity == quantity]
 
 
+def growth_of_sam(found: Sequence[Trend], condition: dict[str, float]) -> Interval | None:
+    """The slope of SAM's improvement under a condition."""
+    return next((trend.slope for trend in of_sam(found, IMPROVEMENT) if trend.condition == condition), None)
+
+
 def _slopes(rows: Sequence[Row]) -> list[tuple[str, str, dict[int, float]]]:
     """(Optimizer, quantity, slopes by seed) of rows of one condition."""
     optimizers = dict.fromkeys(name for row in rows for name, each in row.optimizers.items() if each.gains)

@@ -10,7 +10,7 @@ from samlite.intervals import Interval, paired
 from samlite.report.groups import described
 from samlite.report.outcomes import Outcome, Report, Row
 from samlite.report.table import digits
-from samlite.report.trends import IMPROVEMENT, Trend, amount, of_sam, trends
+from samlite.report.trends import IMPROVEMENT, Trend, amount, growth_of_sam, of_sam, trends
 from samlite.tasks.metrics import percent
 
 QUANTITIES = ("a", "s_2", "s_3", "s_4")
@@ -42,8 +42,7 @@ def _benefit(report: Report, condition: dict[str, float], found: Sequence[Trend]
     effect = f"SAM is {' and '.join(said)}" if said else _no_difference(gains, report.metric)
     if len(outcomes) < 2:
         return prefix + effect
-    slope = next((trend.slope for trend in of_sam(found, IMPROVEMENT) if trend.condition == condition), None)
-    return f"{prefix}{effect}; {_growth(slope, gains[max(gains)], report.metric)}"
+    return f"{prefix}{effect}; {_growth(growth_of_sam(found, condition), gains[max(gains)], report.metric)}"
 
 
 def _no_difference(gains: Mapping[int, Interval], metric: str) -> str:

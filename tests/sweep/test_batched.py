@@ -148,11 +148,11 @@ def test_a_sweep_in_batches_is_measured_and_reported_as_any(
 ) -> None:
     pytest.importorskip("samlite._C")
     monkeypatch.chdir(tmp_path)
-    options = ("--widths", "8", "--seeds", 2, "--epochs", 2, "--device", "cpu", "--out", "both", "--json")
+    options = ("--widths", "8,16", "--seeds", 2, "--epochs", 2, "--device", "cpu", "--out", "both", "--json")
     ended = cli("sweep", "digits", *options, "--batched")
     assert ended.status == 0, ended.err
     report = json.loads(ended.out)
-    assert len(report["rows"]) == 1 and not report["unfinished"] and not report["unmeasured"]
+    assert len(report["rows"]) == 2 and not report["unfinished"] and not report["unmeasured"]
     assert json.loads(cli("sweep", "digits", *options, "--batched").out) == report
 
 

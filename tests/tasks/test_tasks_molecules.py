@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import contents
+from oracles import dense_hessian
 from torch import Tensor
 
 from samlite import Hessian
@@ -166,13 +167,10 @@ def test_a_batch_without_known_labels_has_no_loss_no_weight_and_no_gradient() ->
 PARTS = ["features.1.*", "layers.*", "norm.*", "head.*"]  # of the tables of features one: the others are alike
 
 
-def dense_hessian(network: torch.nn.Module, data: GraphData) -> Tensor:
+def dense(network: torch.nn.Module, data: GraphData) -> Tensor:
     inputs, targets = data.padded(torch.arange(len(data)))
-    parameters = [p for name, p in network.named_parameters() if any(fnmatch(name, part) for part in PARTS)]
-    loss = MaskedBinaryCrossEntropy()(network(inputs), targets)
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
-    rows = [torch.autograd.grad(g, parameters, retain_graph=True, materialize_grads=True) for g in gradient]
-    return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows]).detach()
+    names = [name for name, _ in network.named_parameters() if any(fnmatch(name, part) for part in PARTS)]
+    return dense_hessian(network, lambda call: MaskedBinaryCrossEntropy()(call(inputs), targets), names)
 
 
 @pytest.mark.usefixtures("float64")
@@ -184,11 +182,11 @@ def test_hessians_and_moments_are_those_of_dense_autograd_over_known_labels() ->
     batches = replace(batches, size=2)  # 2, 2 and 1 molecules with unequal numbers of labels
     operator = Hessian(network, task.loss, batches, params=PARTS)
     v = torch.randn(operator.shape[0])
-    hessian = dense_hessian(network, data)
+    hessian = dense(network, data)
     torch.testing.assert_close(operator @ v, hessian @ v, rtol=1e-9, atol=1e-12)
 
     counts = (~data.targets.isnan()).sum(1)
-    parts = [dense_hessian(network, data[i : i + 1]) * 5 * counts[i] / counts.sum() for i in range(5)]  # mean: H
+    parts = [dense(network, data[i : i + 1]) * 5 * counts[i] / counts.sum() for i in range(5)]  # mean: H
     second = sum(part @ part for part in parts) / 5
     expected = second @ v - hessian @ (hessian @ v)
     torch.testing.assert_close(operator.moment_operator(2) @ v, expected, rtol=1e-9, atol=1e-12)
